@@ -1,0 +1,36 @@
+# make demo, make test: everything from set-up to result. Variables: PYTHON, VENV, TORCH, and those of CONTRIBUTING.md.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint check-cuda clean
+.DEFAULT_GOAL := test
+
+demo: $(READY)
+	$(BIN)/python -m ewc_fast demo
+
+test: $(READY)
+	$(BIN)/python -m pytest --cov=ewc_fast --cov-report=term --cov-fail-under=90
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check-cuda: $(READY)
+	$(BIN)/python tests/native/check_cuda.py
+
+# torch first and on its own, so that nothing else chooses its version; the extension is compiled against it.
+$(READY): $(BUILD_INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ewc_fast needs Python 3.10 or later: make PYTHON=...")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "$(TORCH)" "setuptools>=77" wheel ninja
+	$(BIN)/python -m pip install --no-build-isolation --editable ".[test,demo]"
+	@touch $@
+
+clean:
+	rm -rf $(READY) build dist *.egg-info ewc_fast/_C*.so ewc_fast/_build_info.json
+	rm -rf .coverage .mypy_cache .pytest_cache .ruff_cache

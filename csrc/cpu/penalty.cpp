@@ -1,0 +1,270 @@
+// CPU kernels of the penalty: plain loops that the compiler vectorises, one pass over memory.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "clones.h"
+#include "penalty_ops.h"
+
+namespace ewc {
+namespace {
+
+// At most kBlock elements. sums: F d^2 and d^2.
+template <Mode mode, typename P, typename G, typename A, typename F>
+EWC_CLONES void penalty_block(const void* p_, void* g_, const void* a_, const void* f_, int64_t n, double delta_,
+                              double factor_, double* sums) {
+  using M = typename MathOf<P>::type;
+  const P* __restrict__ p = static_cast<const P*>(p_);
+  const A* __restrict__ a = static_cast<const A*>(a_);
+  const F* __restrict__ f = static_cast<const F*>(f_);
+  G* __restrict__ g = static_cast<G*>(g_);
+  const M delta = static_cast<M>(delta_), factor = static_cast<M>(factor_);
+  M weighted = 0, squared = 0;
+#pragma omp simd reduction(+ : weighted, squared)
+  for (int64_t i = 0; i < n; ++i) {
+    const auto term = penalty_term(load_as<M>(p[i]), load_as<M>(a[i]), load_as<M>(f[i]), delta);
+    weighted += term.weighted;
+    squared += term.squared;
+    if constexpr (mode == Mode::kWrite) g[i] = Store<G>::from(factor * term.gradient);
+    if constexpr (mode == Mode::kAccumulate) g[i] = Store<G>::from(load_as<M>(g[i]) + factor * term.gradient);
+  }
+  sums[0] += static_cast<double>(weighted);
+  sums[1] += static_cast<double>(squared);
+}
+
+// Combinations of dtypes without a loop of their own are widened block by block into scratch that stays in L1.
+template <typename S, typename M>
+EWC_CLONES void widen(const void* from_, void* to_, int64_t n) {
+  const S* __restrict__ from = static_cast<const S*>(from_);
+  M* __restrict__ to = static_cast<M*>(to_);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = load_as<M>(from[i]);
+}
+
+template <typename S, typename M>
+EWC_CLONES void narrow(const void* from_, void* to_, int64_t n) {
+  const M* __restrict__ from = static_cast<const M*>(from_);
+  S* __restrict__ to = static_cast<S*>(to_);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = Store<S>::from(from[i]);
+}
+
+using BlockFn = void (*)(const void*, void*, const void*, const void*, int64_t, double, double, double*);
+using ConvertFn = void (*)(const void*, void*, int64_t);
+
+// What to run for a combination of dtypes: `block` on the tensors themselves, or on scratch filled by the converters.
+struct Plan {
+  BlockFn block = nullptr;
+  bool direct = true;
+  ConvertFn widen_p = nullptr, widen_g = nullptr, widen_a = nullptr, widen_f = nullptr, narrow_g = nullptr;
+};
+
+template <Mode mode, typename T, typename A>
+BlockFn with_fisher(at::ScalarType fisher) {
+  if (fisher == at::kFloat) return penalty_block<mode, T, T, A, float>;
+  if (fisher == at::kBFloat16) return penalty_block<mode, T, T, A, bf16>;
+  return nullptr;
+}
+
+template <Mode mode, typename T>
+BlockFn with_state(at::ScalarType anchor, at::ScalarType fisher) {
+  if (anchor == at::kFloat) return with_fisher<mode, T, float>(fisher);
+  if (anchor == at::kBFloat16) return with_fisher<mode, T, bf16>(fisher);
+  return nullptr;
+}
+
+template <typename M>
+ConvertFn widener(at::ScalarType from) {
+  switch (from) {
+    case at::kDouble: return widen<double, M>;
+    case at::kBFloat16: return widen<bf16, M>;
+    case at::kHalf: return widen<f16, M>;
+    default: return widen<float, M>;
+  }
+}
+
+template <typename M>
+ConvertFn narrower(at::ScalarType to) {
+  switch (to) {
+    case at::kDouble: return narrow<double, M>;
+    case at::kBFloat16: return narrow<bf16, M>;
+    case at::kHalf: return narrow<f16, M>;
+    default: return narrow<float, M>;
+  }
+}
+
+template <Mode mode, typename M>
+Plan converting(at::ScalarType param, at::ScalarType grad, at::ScalarType anchor, at::ScalarType fisher) {
+  return {penalty_block<mode, M, M, M, M>, false, widener<M>(param), widener<M>(grad), widener<M>(anchor),
+          widener<M>(fisher), narrower<M>(grad)};
+}
+
+template <Mode mode>
+Plan make_plan(at::ScalarType param, at::ScalarType grad, at::ScalarType anchor, at::ScalarType fisher) {
+  Plan plan;
+  if (param == grad) {
+    switch (param) {
+      case at::kFloat: plan.block = with_state<mode, float>(anchor, fisher); break;
+      case at::kBFloat16: plan.block = with_state<mode, bf16>(anchor, fisher); break;
+      case at::kHalf: plan.block = with_state<mode, f16>(anchor, fisher); break;
+      default:
+        if (anchor == at::kDouble && fisher == at::kDouble) {
+          plan.block = penalty_block<mode, double, double, double, double>;
+        }
+    }
+  }
+  if (plan.block != nullptr) return plan;
+  return param == at::kDouble ? converting<mode, double>(param, grad, anchor, fisher)
+                              : converting<mode, float>(param, grad, anchor, fisher);
+}
+
+template <Mode mode>
+void run_block(const Plan& plan, const void* p, void* g, const void* a, const void* f, int64_t n, double delta,
+               double factor, double* sums) {
+  if (plan.direct) {
+    plan.block(p, g, a, f, n, delta, factor, sums);
+    return;
+  }
+  alignas(64) double scratch[4][kBlock];  // holds either math type
+  plan.widen_p(p, scratch[0], n);
+  plan.widen_a(a, scratch[1], n);
+  plan.widen_f(f, scratch[2], n);
+  if constexpr (mode == Mode::kAccumulate) plan.widen_g(g, scratch[3], n);
+  plan.block(scratch[0], scratch[3], scratch[1], scratch[2], n, delta, factor, sums);
+  if constexpr (mode != Mode::kValue) plan.narrow_g(scratch[3], g, n);
+}
+
+template <typename T>
+T* advance(T* pointer, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return pointer == nullptr ? nullptr : static_cast<Byte*>(pointer) + bytes;
+}
+
+double read(const at::Tensor& t, int64_t i = 0) {
+  return t.scalar_type() == at::kDouble ? t.const_data_ptr<double>()[i]
+                                        : static_cast<double>(t.const_data_ptr<float>()[i]);
+}
+double read(const std::optional<at::Tensor>& t, int64_t i, double otherwise) {
+  return t.has_value() ? read(*t, i) : otherwise;
+}
+
+void fill_result(const Result& result, const std::vector<double>& weighted, const std::vector<double>& squared,
+                 double ewc_lambda, double delta, const std::optional<at::Tensor>& scale,
+                 const std::optional<at::Tensor>& constant) {
+  const auto& [penalty, predicted, by_tensor] = result;
+  const int64_t n = static_cast<int64_t>(weighted.size());
+  double* parts = by_tensor.mutable_data_ptr<double>();
+  double total = 0, forgetting = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double c = read(constant, i, 0.0);
+    total += parts[i] = penalty_value(ewc_lambda, delta, read(scale, i, 1.0), weighted[i], c, squared[i]);
+    forgetting += parts[n + i] = predicted_forgetting(weighted[i], c);
+  }
+  penalty.fill_(total);
+  predicted.fill_(forgetting);
+}
+
+struct Cpu {
+  template <Mode mode>
+  static void run(const PenaltyCall& call);
+};
+
+template <Mode mode>
+void Cpu::run(const PenaltyCall& call) {
+  const at::Tensor &anchor = call.anchor, &fisher = call.fisher;
+  const at::ScalarType param = call.param, grad = call.grad;
+  const double ewc_lambda = read(call.ewc_lambda), delta = read(call.delta);
+  const bool acts = ewc_lambda != 0.0 && read(call.found_inf, 0, 0.0) == 0.0;
+  const double loss_scale = read(call.grad_scale, 0, 1.0);
+  const auto& entries = call.table.entries;
+  const int64_t n = static_cast<int64_t>(entries.size());
+
+  std::vector<int64_t> first(n + 1, 0);
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    first[i + 1] = first[i] + chunk_count(entries[i].numel);
+    total += entries[i].numel;
+  }
+  const int64_t chunks = first[n];
+  std::vector<double> slots(2 * chunks, 0.0);
+
+  const Plan writing = make_plan<mode>(param, grad, anchor.scalar_type(), fisher.scalar_type());
+  const Plan reading = mode == Mode::kAccumulate && !acts
+                           ? make_plan<Mode::kValue>(param, param, anchor.scalar_type(), fisher.scalar_type())
+                           : Plan{};
+  const int64_t p_size = c10::elementSize(param), g_size = c10::elementSize(grad);
+  const int64_t a_size = anchor.element_size(), f_size = fisher.element_size();
+  const void* anchor_data = anchor.const_data_ptr();
+  const void* fisher_data = fisher.const_data_ptr();
+
+  // Fewer than kChunk elements are not worth waking a thread for.
+  const int64_t grain = total > 0 ? std::max<int64_t>(1, chunks * kChunk / total) : 1;
+  at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t t = tensor_of_chunk(first.data(), n, c);
+      const Entry& entry = entries[t];
+      const double factor =
+          acts ? gradient_factor(ewc_lambda, read(call.scale, t, 1.0), loss_scale, call.maximize) : 0.0;
+      const int64_t start = (c - first[t]) * kChunk, stop = std::min(start + kChunk, entry.numel);
+      for (int64_t i = start; i < stop; i += kBlock) {
+        const int64_t size = std::min(kBlock, stop - i), at = entry.offset + i;
+        const void* p = advance(entry.param, i * p_size);
+        const void* a = advance(anchor_data, at * a_size);
+        const void* f = advance(fisher_data, at * f_size);
+        if (mode == Mode::kAccumulate && !acts) {
+          run_block<Mode::kValue>(reading, p, nullptr, a, f, size, delta, 0.0, &slots[2 * c]);
+        } else {
+          run_block<mode>(writing, p, advance(entry.grad, i * g_size), a, f, size, delta, factor, &slots[2 * c]);
+        }
+      }
+    }
+  });
+
+  std::vector<double> weighted(n, 0.0), squared(n, 0.0);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t c = first[i]; c < first[i + 1]; ++c) {
+      weighted[i] += slots[2 * c];
+      squared[i] += slots[2 * c + 1];
+    }
+  }
+  fill_result(call.result, weighted, squared, ewc_lambda, delta, call.scale, call.constant);
+}
+
+template <typename S>
+EWC_CLONES void scale_block(void* data_, int64_t n, double factor_) {
+  using M = typename MathOf<S>::type;
+  S* __restrict__ data = static_cast<S*>(data_);
+  const M factor = static_cast<M>(factor_);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) data[i] = Store<S>::from(factor * load_as<M>(data[i]));
+}
+
+void scale_(at::Tensor buffer, const at::Tensor& factor_) {
+  check_scale(buffer, factor_);
+  const double factor = read(factor_);
+  if (factor == 1.0) return;
+  void (*block)(void*, int64_t, double) = scale_block<float>;
+  switch (buffer.scalar_type()) {
+    case at::kDouble: block = scale_block<double>; break;
+    case at::kBFloat16: block = scale_block<bf16>; break;
+    case at::kHalf: block = scale_block<f16>; break;
+    default: break;
+  }
+  void* data = buffer.mutable_data_ptr();
+  const int64_t size = buffer.element_size();
+  at::parallel_for(0, buffer.numel(), kChunk, [&](int64_t begin, int64_t end) {
+    block(advance(data, begin * size), end - begin, factor);
+  });
+  bump_version(buffer);
+}
+
+}  // namespace
+}  // namespace ewc
+
+TORCH_LIBRARY_IMPL(ewc_fast, CPU, m) {
+  m.impl("penalty", ewc::PenaltyOps<ewc::Cpu>::penalty);
+  m.impl("penalty_grad", ewc::PenaltyOps<ewc::Cpu>::penalty_grad);
+  m.impl("penalty_accumulate_", ewc::PenaltyOps<ewc::Cpu>::penalty_accumulate_);
+  m.impl("scale_", ewc::scale_);
+}

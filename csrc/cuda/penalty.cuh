@@ -1,0 +1,243 @@
+// The penalty's kernel, its dtypes and its launcher; one .cu per mode instantiates it, so that they compile side by side.
+#pragma once
+
+#include "multi_tensor.cuh"
+
+namespace ewc {
+namespace {
+
+struct PenaltyArguments {
+  PenaltyLaunch launch;  // `entries` is the host's
+  int64_t first_row;     // the launch's first tensor among all
+  bool last;             // launch
+  TensorTable<2, kTensorsPerLaunch> table;  // data: parameters, gradients
+};
+static_assert(sizeof(PenaltyArguments) <= kParameterBytes, "too large for the kernel's parameters");
+
+// One for each stream that has launched eagerly on the device; zero from the start.
+__device__ unsigned static_counters[kStaticCounters];
+
+// Bytes of operands that a thread requests before it waits. 4 blocks of 256 threads with 128 bytes each have 128 KB on
+// the way in a multiprocessor; Hopper's memory needs about 40.
+constexpr int kBytesInFlight = 128;
+
+// How a kernel for these storage types moves: kVector elements, so that the narrowest takes 16 bytes, kUnroll times.
+template <Mode mode, typename M, typename P, typename G, typename A, typename F>
+struct Moves {
+  static constexpr int kNarrowest = [] {
+    size_t size = sizeof(P);
+    for (const size_t other : {sizeof(G), sizeof(A), sizeof(F)}) size = other < size ? other : size;
+    return static_cast<int>(size);
+  }();
+  static constexpr int kVector = 16 / kNarrowest;
+  static constexpr int kBytes =
+      kVector * static_cast<int>(sizeof(P) + sizeof(A) + sizeof(F) + (mode == Mode::kAccumulate ? sizeof(G) : 0));
+  static constexpr int kUnroll = kBytesInFlight / kBytes > 1 ? kBytesInFlight / kBytes : 1;
+};
+template <Mode mode, typename M>
+struct Moves<mode, M, Any, Any, Any, Any> {
+  static constexpr int kVector = 4;
+  static constexpr int kUnroll = 1;
+};
+
+// At most kChunk elements. acts: whether the gradient is touched (kAccumulate) or more than zeros (kWrite).
+template <Mode mode, int kVector, int kUnroll, bool kAligned, typename M, typename P, typename G, typename A,
+          typename F>
+EWC_DEVICE void penalty_chunk(const P& p, const G& g, const A& a, const F& f, int n, M delta, M factor, bool acts,
+                              M& weighted, M& squared) {
+  const bool reads = mode == Mode::kAccumulate && acts;
+  const bool writes = mode == Mode::kWrite || reads;
+  const auto element = [&](M parameter, M anchor, M fisher, M& gradient) {
+    const auto term = penalty_term(parameter, anchor, fisher, delta);
+    weighted += term.weighted;
+    squared += term.squared;
+    if (mode == Mode::kWrite) gradient = acts ? factor * term.gradient : M(0);
+    if (mode == Mode::kAccumulate) gradient += factor * term.gradient;
+  };
+
+  const int whole = n / kVector * kVector;
+  constexpr int kStride = kThreads * kVector;
+#pragma unroll 1
+  for (int i = threadIdx.x * kVector; i < whole; i += kUnroll * kStride) {
+    typename P::Raw raw_p[kUnroll];
+    typename G::Raw raw_g[kUnroll];
+    typename A::Raw raw_a[kUnroll];
+    typename F::Raw raw_f[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = i + u * kStride;
+      if (at < whole) {
+        p.template load<kAligned>(raw_p[u], at);
+        a.template load<kAligned>(raw_a[u], at);
+        f.template load<kAligned>(raw_f[u], at);
+        if (reads) g.template load<kAligned>(raw_g[u], at);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = i + u * kStride;
+      if (at < whole) {
+        M parameter[kVector], anchor[kVector], fisher[kVector], gradient[kVector] = {};
+        p.unpack(raw_p[u], parameter);
+        a.unpack(raw_a[u], anchor);
+        f.unpack(raw_f[u], fisher);
+        if (reads) g.unpack(raw_g[u], gradient);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) element(parameter[j], anchor[j], fisher[j], gradient[j]);
+        if (writes) g.template store<kAligned>(gradient, at);
+      }
+    }
+  }
+  const int i = whole + threadIdx.x;  // what is left is fewer elements than threads
+  if (i < n) {
+    M gradient = reads ? g.get(i) : M(0);
+    element(p.get(i), a.get(i), f.get(i), gradient);
+    if (writes) g.put(gradient, i);
+  }
+}
+
+// Rows of by_tensor from the slots, a warp for each tensor; after the last launch the totals. All in fixed order.
+template <typename M>
+EWC_DEVICE void finish(const PenaltyArguments& arguments, double ewc_lambda, double delta) {
+  const auto& [launch, first_row, last_launch, table] = arguments;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  double* values = launch.by_tensor;
+  double* forgetting = launch.by_tensor + launch.num_tensors;
+  for (int t = warp; t < table.size; t += kWarps) {
+    const uint32_t begin = table.first[t], end = t + 1 < table.size ? table.first[t + 1] : table.chunks;
+    double2 mine = make_double2(0, 0);
+#pragma unroll 4
+    for (uint32_t slot = begin + lane; slot < end; slot += kWarp) mine = sum(mine, __ldcg(&launch.slots[slot]));
+    mine = warp_sum(mine);
+    if (lane == 0) {
+      const int64_t row = first_row + t;
+      const double constant = read(launch.constant, row, 0.0), scale = read(launch.scale, row, 1.0);
+      values[row] = penalty_value(ewc_lambda, delta, scale, mine.x, constant, mine.y);
+      forgetting[row] = predicted_forgetting(mine.x, constant);
+    }
+  }
+  if (!last_launch) return;
+  __syncthreads();  // other warps' rows
+  double2 mine = make_double2(0, 0);
+  for (int64_t row = threadIdx.x; row < launch.num_tensors; row += kThreads) {
+    mine = sum(mine, make_double2(values[row], forgetting[row]));
+  }
+  mine = block_sum(mine);
+  if (threadIdx.x == 0) {
+    *static_cast<M*>(launch.penalty) = static_cast<M>(mine.x);
+    *static_cast<M*>(launch.predicted) = static_cast<M>(mine.y);
+  }
+}
+
+// Bytes per element, fp32: kValue reads 12; kWrite reads 12 and writes 4; kAccumulate reads 16 and writes 4. With bf16
+// throughout it is half, with fp64 double.
+template <Mode mode, typename M, typename P, typename G, typename A, typename F>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    penalty_kernel(const __grid_constant__ PenaltyArguments arguments) {
+  using Move = Moves<mode, M, P, G, A, F>;
+  constexpr int kVector = Move::kVector, kUnroll = Move::kUnroll;
+  const PenaltyLaunch& launch = arguments.launch;
+  const auto& table = arguments.table;
+
+  const double ewc_lambda = read(launch.ewc_lambda, 0, 0.0), delta = read(launch.delta, 0, 0.0);
+  const double loss_scale = read(launch.grad_scale, 0, 1.0);
+  const bool acts = ewc_lambda != 0.0 && read(launch.found_inf, 0, 0.0) == 0.0;
+
+  for (uint32_t chunk = blockIdx.x; chunk < table.chunks; chunk += gridDim.x) {
+    const int64_t t = tensor_of_chunk(table.first, table.size, chunk);
+    const int64_t start = (chunk - table.first[t]) * kChunk, left = table.numel[t] - start;
+    const int n = static_cast<int>(left < kChunk ? left : kChunk);
+    const int64_t at = table.offset[t] + start;
+    const double scale = read(launch.scale, arguments.first_row + t, 1.0);
+    const M factor = static_cast<M>(gradient_factor(ewc_lambda, scale, loss_scale, launch.maximize));
+
+    const Stream<P, M, kVector, Cache::kKeep> p(table.data[0][t], start, launch.param_dtype);
+    const Stream<G, M, kVector, Cache::kKeep> g(table.data[1][t], start, launch.grad_dtype);
+    const Stream<A, M, kVector, Cache::kStream> a(launch.anchor, at, launch.anchor_dtype);
+    const Stream<F, M, kVector, Cache::kStream> f(launch.fisher, at, launch.fisher_dtype);
+    M weighted = 0, squared = 0;
+    const bool aligned = p.aligned() && a.aligned() && f.aligned() && (mode == Mode::kValue || g.aligned());
+    if (aligned) {
+      penalty_chunk<mode, kVector, kUnroll, true>(p, g, a, f, n, static_cast<M>(delta), factor, acts, weighted,
+                                                  squared);
+    } else {
+      penalty_chunk<mode, kVector, 1, false>(p, g, a, f, n, static_cast<M>(delta), factor, acts, weighted,
+                                                   squared);
+    }
+    const double2 total = block_sum(make_double2(weighted, squared));
+    if (threadIdx.x == 0) launch.slots[chunk] = total;
+  }
+
+  const Counter counter = launch.counter;
+  if (is_last_block(counter.address != nullptr ? counter.address : &static_counters[counter.index])) {
+    finish<M>(arguments, ewc_lambda, delta);
+  }
+}
+
+using PenaltyKernel = void (*)(PenaltyArguments);
+
+template <Mode mode, typename T, typename A>
+PenaltyKernel with_fisher(Dtype fisher) {
+  if (fisher == Dtype::kFloat32) return penalty_kernel<mode, float, T, T, A, float>;
+  if (fisher == Dtype::kBFloat16) return penalty_kernel<mode, float, T, T, A, bf16>;
+  return nullptr;
+}
+
+template <Mode mode, typename T>
+PenaltyKernel with_state(Dtype anchor, Dtype fisher) {
+  if (anchor == Dtype::kFloat32) return with_fisher<mode, T, float>(fisher);
+  if (anchor == Dtype::kBFloat16) return with_fisher<mode, T, bf16>(fisher);
+  return nullptr;
+}
+
+// Usual combinations of dtypes have a kernel of their own; the others share one for each type of arithmetic.
+template <Mode mode>
+PenaltyKernel select_kernel(Dtype param, Dtype grad, Dtype anchor, Dtype fisher) {
+  PenaltyKernel kernel = nullptr;
+  if (param == grad) {
+    switch (param) {
+      case Dtype::kFloat32: kernel = with_state<mode, float>(anchor, fisher); break;
+      case Dtype::kBFloat16: kernel = with_state<mode, bf16>(anchor, fisher); break;
+      case Dtype::kFloat16: kernel = with_state<mode, f16>(anchor, fisher); break;
+      case Dtype::kFloat64:
+        if (anchor == param && fisher == param) kernel = penalty_kernel<mode, double, double, double, double, double>;
+        break;
+    }
+  }
+  if (kernel != nullptr) return kernel;
+  return param == Dtype::kFloat64 ? penalty_kernel<mode, double, Any, Any, Any, Any>
+                                  : penalty_kernel<mode, float, Any, Any, Any, Any>;
+}
+
+}  // namespace
+
+template <Mode mode>
+cudaError_t launch_penalty(const PenaltyLaunch& launch, cudaStream_t stream) {
+  const PenaltyKernel kernel =
+      select_kernel<mode>(launch.param_dtype, launch.grad_dtype, launch.anchor_dtype, launch.fisher_dtype);
+  PenaltyArguments arguments;
+  arguments.launch = launch;
+  int64_t next = 0;
+  do {  // once at least: results are written without tensors too. Empty tensors have a row and no chunk.
+    auto& table = arguments.table;
+    arguments.first_row = next;
+    table.chunks = 0;
+    for (table.size = 0; table.size < kTensorsPerLaunch && next < launch.num_tensors; ++table.size, ++next) {
+      const Entry& entry = launch.entries[next];
+      table.data[0][table.size] = const_cast<void*>(entry.param);
+      table.data[1][table.size] = entry.grad;
+      table.offset[table.size] = entry.offset;
+      table.numel[table.size] = entry.numel;
+      table.first[table.size] = table.chunks;
+      table.chunks += static_cast<uint32_t>(chunk_count(entry.numel));
+    }
+    arguments.last = next == launch.num_tensors;
+    void* parameters[] = {&arguments};
+    const cudaError_t error = cudaLaunchKernel(kernel, dim3(grid_size(table.chunks, launch.multiprocessors)),
+                                               dim3(kThreads), parameters, 0, stream);
+    if (error != cudaSuccess) return error;
+  } while (next < launch.num_tensors);
+  return cudaSuccess;
+}
+
+}  // namespace ewc

@@ -1,0 +1,38 @@
+// Every native op of ewc_fast, on one page. Kernels are registered per device in cpu/ and cuda/; the dispatcher chooses.
+//
+// Common arguments
+//   params      parameters of one dtype on one device, read in place
+//   anchor      flat buffer of theta*; fisher: flat buffer of the Fisher diagonal
+//   offsets     each parameter's first element in the flat buffers
+//   strides     the strides, parameter after parameter, in whose memory order the flat buffers are laid
+//   ewc_lambda  0-dim fp32 or fp64, read on the device; so are delta (damping times the mean Fisher),
+//               scale (one per tensor), constant (fp64, one per tensor: what merging tasks has added),
+//               grad_scale (a GradScaler's; multiplies the gradient) and found_inf (non-zero: no gradient is written)
+//
+// Results: penalty and predicted forgetting (0-dim, fp64 for fp64 parameters, else fp32), and by_tensor (fp64, 2 x n):
+// each tensor's penalty and each tensor's predicted forgetting, the parts that the two totals are the sums of.
+#include <torch/library.h>
+
+TORCH_LIBRARY(ewc_fast, m) {
+  // Reads parameter, anchor, Fisher.
+  m.def(
+      "penalty(Tensor[] params, Tensor anchor, Tensor fisher, int[] offsets, int[] strides, Tensor ewc_lambda, "
+      "Tensor delta, Tensor? scale=None, Tensor? constant=None) "
+      "-> (Tensor penalty, Tensor predicted, Tensor by_tensor)");
+
+  // The same, and the gradient written into a flat buffer laid like the anchor.
+  m.def(
+      "penalty_grad(Tensor[] params, Tensor(a!) grad, Tensor anchor, Tensor fisher, int[] offsets, int[] strides, "
+      "Tensor ewc_lambda, Tensor delta, Tensor? scale=None, Tensor? constant=None, Tensor? grad_scale=None, "
+      "Tensor? found_inf=None) -> (Tensor penalty, Tensor predicted, Tensor by_tensor)");
+
+  // The same, and the gradient added to (maximize: subtracted from) given gradients, which may have another dtype.
+  m.def(
+      "penalty_accumulate_(Tensor[] params, Tensor(a!)[] grads, Tensor anchor, Tensor fisher, int[] offsets, "
+      "int[] strides, Tensor ewc_lambda, Tensor delta, Tensor? scale=None, Tensor? constant=None, "
+      "Tensor? grad_scale=None, Tensor? found_inf=None, bool maximize=False) "
+      "-> (Tensor penalty, Tensor predicted, Tensor by_tensor)");
+
+  // buffer *= factor (0-dim, read on the device); nothing is read or written where the factor is 1.
+  m.def("scale_(Tensor(a!) buffer, Tensor factor) -> ()");
+}

@@ -1,0 +1,25 @@
+"""Switching a model between training and evaluation, and back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def module_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Puts ``model`` into training or evaluation mode; on exit every submodule has its own flag back.
+
+    Args:
+        model: Any module; submodules may differ in mode.
+        training: True for ``model.train()``, False for ``model.eval()``.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

@@ -1,0 +1,630 @@
+"""EWCLoss: what users hold."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ewc_fast import storage
+from ewc_fast.fisher import estimate_fisher
+from ewc_fast.functional import check_lambda
+from ewc_fast.layout import Slot, module_edges, own_name, select_parameters
+from ewc_fast.ops import autograd
+from ewc_fast.ops import penalty as ops
+from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
+from ewc_fast.optim.attach import COUPLINGS, NOT_IN_OPTIMIZER, AttachHandle
+from ewc_fast.state import EWCState, SlotMapping, protected_part
+
+# A penalty that was computed with a graph so often, and never differentiated, is most likely detached by mistake.
+_GRAPHS_WITHOUT_BACKWARD = 100
+
+_attached: weakref.WeakSet[AttachHandle] = weakref.WeakSet()
+
+
+@dataclass(eq=False)
+class Part:
+    """Parameters that one call of an op serves.
+
+    Attributes:
+        params: The parameters themselves.
+        rows: How many leading rows of each are protected, None for all.
+        slots: Where each lies in the flat buffers.
+        quadratic: The state, as the ops take it.
+        buffer: Level 1's gradient buffer; shared by a part's subsets.
+        maximize: Whether the optimizer that steps these parameters maximises.
+    """
+
+    params: list[nn.Parameter]
+    rows: list[int | None]
+    slots: list[Slot]
+    quadratic: FlatQuadratic
+    buffer: autograd.GradientBuffer
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        self.dtype = self.params[0].dtype if self.params else None
+        self._whole = all(n is None for n in self.rows)
+
+    def subset(self, chosen: list[int], *, maximize: bool = False) -> Part:
+        """The same state, of some of the parameters."""
+        q, slots = self.quadratic, [self.slots[i] for i in chosen]
+        quadratic = q._replace(
+            offsets=[s.offset for s in slots],
+            strides=[stride for s in slots for stride in s.strides],
+            constant=None if q.constant is None else q.constant[torch.tensor(chosen, device=q.anchor.device).long()],
+        )
+        params, rows = [self.params[i] for i in chosen], [self.rows[i] for i in chosen]
+        return replace(self, params=params, rows=rows, slots=slots, quadratic=quadratic, maximize=maximize)
+
+    def without(self, names: set[str]) -> Part:
+        """The same state, without some of the parameters."""
+        return self.subset([i for i, s in enumerate(self.slots) if s.name not in names], maximize=self.maximize)
+
+    def protected(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The protected rows of tensors shaped like the parameters."""
+        if self._whole:
+            return tensors
+        return [t if n is None else t.detach()[:n] for t, n in zip(tensors, self.rows, strict=True)]
+
+
+PartResult = tuple[Part, PenaltyResult]
+
+
+class EWCLoss:
+    """Elastic Weight Consolidation: a penalty that keeps a model from forgetting the tasks it has finished.
+
+    ``lambda/2 * (sum F d^2 + C + delta * sum d^2)`` with ``d = theta - theta*`` (Kirkpatrick et al. 2017, eq. 3), F the
+    Fisher diagonal and theta* the weights after the old tasks, both of which :meth:`consolidate` sets; ``delta`` is
+    ``damping`` times the mean of F. Before the first consolidate the penalty is exactly 0.
+
+    A plain callable, as an optimizer is: not a module, so no wrapper broadcasts, moves or saves its state with the
+    model's. It follows the model: parameters that are replaced, moved, cast or laid out anew are noticed at the next
+    call.
+
+    Args:
+        model: The model; the parameters that require grad are protected, once each when tied.
+        ewc_lambda: The weight, at least 0; 1 is the Bayesian one, 30 to 300 served best in experiments. May be set at any
+            time; at 0 nothing is penalised, but the forgetting is still predicted.
+        mode: How tasks add up: ``"separate"``, the sum of a quadratic per task (kept in one, exactly); ``"online"``,
+            ``F = gamma F + F_new`` around the newest weights (Schwarz et al. 2018); ``"latest"``, the newest task only.
+        gamma: How much of the old Fisher stays, 0 to 1; online mode only.
+        damping: Adds an isotropic part to the penalty, in units of the mean Fisher; at least 0. May be set at any time.
+        fisher_dtype: fp64, fp32 or bf16; None for the parameters' own (fp32 for fp16).
+        anchor_dtype: Likewise. Rounding it costs accuracy where the weights move little.
+        params: What to protect, if not all: names, shell patterns or parameters.
+        backend: ``"auto"``: kernels where they are built, else plain PyTorch, which is said once; ``"native"``: kernels
+            or an error; ``"reference"``: plain PyTorch.
+
+    Raises:
+        ValueError: An argument is out of range; names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ewc_lambda: float = 100.0,
+        mode: str = "separate",
+        gamma: float = 1.0,
+        damping: float = 0.0,
+        fisher_dtype: torch.dtype | None = None,
+        anchor_dtype: torch.dtype | None = None,
+        params: Iterable[str | Tensor] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        if backend not in ops.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
+        self.model = model
+        self.backend = backend
+        self._lambda = check_lambda(ewc_lambda)
+        self._damping = check_lambda(damping, "damping")
+        self._state = EWCState(mode, gamma, fisher_dtype, anchor_dtype)
+        self._selection = params if params is None or isinstance(params, (str, Tensor)) else list(params)
+        self._said: set[str] = set()
+        self._selected = self._select()
+        if backend == "native" and self._selected:
+            ops.use_native(next(iter(self._selected.values())).device, backend)
+        self._mean_fisher = 0.0
+        self._scalars: dict[torch.device, tuple[Tensor, Tensor]] = {}  # lambda and delta, where they are read
+        self._buffers: dict[tuple[torch.device, torch.dtype], autograd.GradientBuffer] = {}
+        self._generation = 0  # counts every change of what _parts() returns
+        self._cached_parts: list[Part] = []
+        self._edges: list[tuple[dict[str, Any], str, Any]] = []
+        self._trainable: list[tuple[nn.Parameter, bool]] = []
+        self._newest: dict[Hashable, list[PartResult]] = {}
+        self._handles: list[AttachHandle] = []
+        self._graphs = 0
+
+    # ---- hyper-parameters ----
+
+    @property
+    def ewc_lambda(self) -> float:
+        """The penalty's weight. Setting it neither recompiles nor synchronises."""
+        return self._lambda
+
+    @ewc_lambda.setter
+    def ewc_lambda(self, value: float) -> None:
+        self._lambda = check_lambda(value)
+        self._fill_scalars()
+
+    @property
+    def damping(self) -> float:
+        """The isotropic part of the penalty, in units of the mean Fisher."""
+        return self._damping
+
+    @damping.setter
+    def damping(self, value: float) -> None:
+        self._damping = check_lambda(value, "damping")
+        self._fill_scalars()
+
+    @property
+    def mode(self) -> str:
+        """How tasks add up."""
+        return self._state.mode
+
+    @property
+    def gamma(self) -> float:
+        """How much of the old Fisher stays at a merge (online mode)."""
+        return self._state.gamma
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks were consolidated."""
+        return self._state.num_tasks
+
+    @property
+    def info(self) -> dict[str, Any] | None:
+        """How the newest Fisher was estimated; None if the caller gave it without saying."""
+        return self._state.info
+
+    def _fill_scalars(self) -> None:
+        for ewc_lambda, delta in self._scalars.values():
+            ewc_lambda.fill_(self._lambda)
+            delta.fill_(self._damping * self._mean_fisher)
+
+    def _scalars_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._scalars:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._scalars[device] = (
+                torch.full((), self._lambda, dtype=dtype, device=device),
+                torch.full((), self._damping * self._mean_fisher, dtype=dtype, device=device),
+            )
+        return self._scalars[device]
+
+    # ---- the state ----
+
+    @property
+    def fisher(self) -> SlotMapping:
+        """The Fisher diagonal by parameter name: read-only mapping of views, shaped like the parameters."""
+        return self._state.fisher
+
+    @property
+    def anchor(self) -> SlotMapping:
+        """theta* by parameter name, likewise."""
+        return self._state.anchor
+
+    def _select(self) -> dict[str, nn.Parameter]:
+        selected, _, _ = select_parameters(self.model, self._selection)
+        if not selected:
+            self._say_once("no parameter to protect requires grad: the penalty has no effect")
+        return selected
+
+    def consolidate(
+        self,
+        loader: Iterable[Any] | None = None,
+        *,
+        fisher: Mapping[str, Tensor] | None = None,
+        anchor: Mapping[str, Tensor] | None = None,
+        **estimate: Any,
+    ) -> None:
+        """Ends a task: folds its Fisher into the state and moves the anchor.
+
+        Args:
+            loader: The finished task's data; its Fisher is estimated with :func:`ewc_fast.estimate_fisher`.
+            fisher: Instead of ``loader``: a Fisher diagonal by parameter name, one entry for every protected parameter;
+                tied aliases and frozen parameters are ignored, any other name is an error.
+            anchor: The weights to return to, by name, if not the model's present ones; buffers are ignored as well, so that
+                ``model.state_dict()`` fits.
+            **estimate: With ``loader``: ``kind``, ``loss``, ``num_samples``, ``progress``, ``generator``.
+
+        Raises:
+            ValueError: Both or neither of ``loader`` and ``fisher``, a missing or unknown name, a shape that does not
+                fit, a negative, NaN or infinite Fisher, a NaN or infinite anchor. The state is as it was then.
+        """
+        if (loader is None) == (fisher is None):
+            raise ValueError("consolidate takes either a loader or fisher=, one of the two")
+        if fisher is not None and estimate:
+            raise ValueError(f"{', '.join(estimate)}: only with a loader; a given Fisher is taken as it is")
+        params, others, buffers = select_parameters(self.model, self._selection)
+        if not params:
+            raise ValueError("no parameter to protect requires grad: nothing to consolidate")
+        if anchor is not None:
+            anchor = self._by_own_name("anchor", anchor, params, others | buffers)
+        if fisher is None:
+            assert loader is not None
+            fisher = estimate_fisher(self.model, loader, **estimate)
+        info = getattr(fisher, "info", None)
+        self._state.consolidate(
+            params,
+            self._by_own_name("fisher", fisher, params, others),
+            {name: p.detach() for name, p in params.items()} if anchor is None else anchor,
+        )
+        self._state.info = None if info is None else info.to_dict()
+        self._state_changed()
+
+    def _by_own_name(
+        self, what: str, given: Mapping[str, Tensor], params: Mapping[str, Tensor], ignored: frozenset[str]
+    ) -> dict[str, Tensor]:
+        named = {own_name(self.model, name): t for name, t in given.items()}
+        missing = [name for name in params if name not in named]
+        if missing:
+            raise ValueError(f"{what} has no entry for {', '.join(missing)}: every protected parameter needs one")
+        unknown = [name for name in named if name not in params and name not in ignored]
+        if unknown:
+            raise ValueError(f"{what} has entries for {', '.join(unknown)}, which the model does not have")
+        return {name: named[name] for name in params}
+
+    def _state_changed(self) -> None:
+        self._mean_fisher = self._state.mean_fisher()
+        if self._state.num_tasks and self._mean_fisher == 0.0:
+            self._say_once("the Fisher is zero everywhere: the penalty has no effect")
+        self._fill_scalars()
+        self._newest.clear()
+        self._bind()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as tensors and plain values: Fisher, anchor, C, mode, gamma and how the Fisher was made.
+
+        ``ewc_lambda`` and ``damping`` are no part of it: they are how strongly the state is used, not what tasks left.
+        """
+        return self._state.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replaces the state by a saved one.
+
+        Raises:
+            ValueError: It is no EWC state, of another mode or gamma, or of another model. The state is as it was then.
+        """
+        self._state.load_state_dict(state, self._select())
+        self._state_changed()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the state to a safetensors file, whole or not at all."""
+        storage.save_state(self.state_dict(), path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged or foreign, or the state does not fit; see :meth:`load_state_dict`.
+        """
+        self.load_state_dict(storage.load_state(path))
+
+    # ---- following the model ----
+
+    def _bind(self) -> bool:
+        """Looks up the protected parameters in the model, and lays the state for them anew where that is needed.
+
+        Returns:
+            Whether it was needed: a device, dtype or memory order had changed.
+        """
+        every: dict[str, nn.Parameter] = {}
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            every.setdefault(own_name(self.model, name), p)
+        bound: dict[str, nn.Parameter] = {}
+        protected: dict[str, Tensor] = {}
+        for g in self._state.groups:
+            for slot in g.group.slots:
+                if slot.name not in every:
+                    self._say_once(f"{slot.name} is no longer in the model, and its anchor and Fisher are dropped")
+                    continue
+                bound[slot.name] = every[slot.name]
+                protected[slot.name] = protected_part(slot.name, every[slot.name], slot.shape)
+        moved = not self._state.matches(protected)
+        if moved:
+            self._state.follow(protected)
+        self._cached_parts = []
+        for g in self._state.groups:
+            slots = list(g.group.slots)
+            params = [bound[s.name] for s in slots]
+            whole = Part(
+                params=params,
+                rows=[None if p.shape == s.shape else s.shape[0] for p, s in zip(params, slots, strict=True)],
+                slots=slots,
+                quadratic=FlatQuadratic(
+                    g.anchor,
+                    g.fisher,
+                    [s.offset for s in slots],
+                    [stride for s in slots for stride in s.strides],
+                    *self._scalars_on(g.group.device),
+                    constant=g.constant,
+                ),
+                buffer=self._buffers.setdefault((g.group.device, g.group.dtype), autograd.GradientBuffer()),
+            )
+            trainable = [i for i, p in enumerate(params) if p.requires_grad]
+            if trainable:
+                self._cached_parts.append(whole.subset(trainable) if len(trainable) < len(params) else whole)
+        if bound and not self._cached_parts:
+            self._say_once("no protected parameter requires grad any more: the penalty has no effect")
+        self._edges = module_edges(self.model, bound.values())
+        self._trainable = [(p, p.requires_grad) for p in bound.values()]
+        self._generation += 1
+        return moved
+
+    def _parts(self) -> list[Part]:
+        """What to penalise, after a check that costs microseconds: is the model still made of the same objects?
+
+        What identity does not show (another device, dtype or memory order) the ops see as they read the parameters.
+        """
+        for children, name, child in self._edges:
+            if children.get(name) is not child:
+                self._bind()
+                return self._cached_parts
+        for p, trainable in self._trainable:
+            if p.requires_grad is not trainable:
+                self._bind()
+                return self._cached_parts
+        for part in self._cached_parts:
+            if part.params[0].dtype is not part.dtype:
+                self._bind()
+                return self._cached_parts
+        return self._cached_parts
+
+    def _run(self, parts_of: Callable[[], list[Part]], op: Callable[[Part], list[PartResult]]) -> list[PartResult]:
+        """Runs an op over parts. One that no longer fits its parameters raises before it writes: then the state follows
+        the model, and what has not run yet runs again."""
+        results: list[PartResult] = []
+        for part in parts_of():
+            if torch.compiler.is_compiling():
+                results += op(part)
+                continue
+            try:
+                results += op(part)
+            except (ValueError, TypeError, RuntimeError) as error:
+                if not self._bind():
+                    _raise_with_names(error, part)
+                done = {slot.name for p, _ in results for slot in p.slots}
+                for moved in parts_of():
+                    rest = moved.without(done)
+                    results += op(rest) if rest.params else []
+                break
+        return results
+
+    # ---- the penalty ----
+
+    def __call__(self) -> Tensor:
+        """The penalty, level 1: add it to the loss.
+
+        Value and gradient are computed in one pass, here; the backward hands the gradient out. Autograd's semantics are
+        exact, but a second derivative raises.
+
+        Returns:
+            0-dim, fp64 if any protected parameter is, else fp32; on the first protected parameter's device.
+        """
+        with_graph = torch.is_grad_enabled()
+        if with_graph and self._handles and not torch.compiler.is_compiling():
+            self._say_once(
+                "ewc() is added to the loss while it is attached to an optimizer: the penalty counts twice. Leave one out"
+            )
+
+        def op(part: Part) -> list[PartResult]:
+            if with_graph:
+                result = autograd.penalty(part.params, part.quadratic, part.buffer, part.rows, backend=self.backend)
+            else:
+                result = ops.penalty(part.protected(part.params), part.quadratic, backend=self.backend)
+            return [(part, result)]
+
+        results = self._run(self._parts, op)
+        self._record(None, results)
+        if not results:
+            return self._zero(requires_grad=with_graph)
+        if with_graph and not torch.compiler.is_compiling():
+            self._watch_graphs(results)
+        return self._total([r.penalty for _, r in results])
+
+    def accumulate_grad_(self) -> Tensor:
+        """Level 2 by hand: adds the penalty's gradient to ``p.grad`` in place. Call it once per optimizer step.
+
+        A gradient that is None becomes the penalty's. With a GradScaler, call it after ``scaler.unscale_``.
+
+        Returns:
+            The penalty at the present weights, 0-dim, without a graph.
+        """
+        if self._handles and not torch.compiler.is_compiling():
+            self._say_once(
+                "accumulate_grad_() is called while ewc is attached to an optimizer: the penalty counts twice. Leave one out"
+            )
+        results = self._accumulate(None, self._parts)
+        return self._total([r.penalty for _, r in results]) if results else self._zero()
+
+    def _accumulate(
+        self,
+        key: Hashable,
+        parts_of: Callable[[], list[Part]],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> list[PartResult]:
+        # The device reads lambda itself; this only keeps parameters without a gradient without one.
+        reads_only = not torch.compiler.is_compiling() and self._lambda == 0.0
+
+        def op(part: Part) -> list[PartResult]:
+            params = part.protected(part.params)
+            if reads_only:
+                return [(part, ops.penalty(params, part.quadratic, backend=self.backend))]
+            for p in part.params:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            grads = [p.grad for p in part.params]
+            device = part.quadratic.anchor.device
+            try:
+                result = ops.penalty_accumulate_(
+                    params,
+                    part.protected(grads),
+                    part.quadratic,
+                    None if grad_scale is None else grad_scale.to(device, non_blocking=True),
+                    None if found_inf is None else found_inf.to(device, non_blocking=True),
+                    part.maximize,
+                    backend=self.backend,
+                )
+            except (TypeError, NotImplementedError):
+                return [result for same in _split_by_grad_dtype(part) for result in op(same)]
+            return [(part, result)]
+
+        results = self._run(parts_of, op)
+        self._record(key, results)
+        return results
+
+    def _watch_graphs(self, results: list[PartResult]) -> None:
+        self._graphs += 1
+        if self._graphs == _GRAPHS_WITHOUT_BACKWARD and not any(b.handed_out for b in self._buffers.values()):
+            self._say_once(
+                f"ewc() was called {self._graphs} times and its gradient never reached a parameter: add what it returns "
+                "to the loss that backward() is called on, or call it under torch.no_grad()"
+            )
+
+    # ---- what the newest pass said ----
+
+    def _record(self, key: Hashable, results: list[PartResult]) -> None:
+        if key is None:
+            self._newest.clear()
+        else:
+            self._newest.pop(None, None)
+        self._newest[key] = [(part, r._replace(penalty=r.penalty.detach())) for part, r in results]
+
+    def _results(self) -> list[PartResult]:
+        return [result for results in self._newest.values() for result in results]
+
+    def _zero(self, *, requires_grad: bool = False) -> Tensor:
+        params = list(self._selected.values())
+        if not params:
+            return torch.zeros((), requires_grad=requires_grad)
+        dtype = autograd.result_dtype(params)
+        return torch.zeros((), dtype=dtype, device=params[0].device, requires_grad=requires_grad)
+
+    @staticmethod
+    def _total(values: list[Tensor]) -> Tensor:
+        total = values[0]
+        for value in values[1:]:
+            total = total + value.to(total.device, non_blocking=True)
+        return total
+
+    @property
+    def last_penalty(self) -> Tensor:
+        """The penalty as the newest pass found it: 0-dim, detached. Reading it never synchronises."""
+        results = self._results()
+        return self._total([r.penalty for _, r in results]) if results else self._zero()
+
+    @property
+    def predicted_forgetting(self) -> Tensor:
+        """How far the mean loss of the old tasks is predicted to have risen, from the same pass; 0-dim, detached.
+
+        ``(sum F d^2 + C) / 2``, in nats per sample or token, whatever lambda is. A prediction, not a measurement: second
+        order, diagonal, and it reads low, on small overfitted nets by orders of magnitude.
+        """
+        results = self._results()
+        return self._total([r.predicted for _, r in results]) if results else self._zero()
+
+    def penalty_by_parameter(self) -> dict[str, Tensor]:
+        """The terms of :attr:`last_penalty` by parameter name, from the same pass; 0-dim, fp64."""
+        return {slot.name: r.by_tensor[0, i] for part, r in self._results() for i, slot in enumerate(part.slots)}
+
+    # ---- level 2 ----
+
+    def attach(self, optimizer: torch.optim.Optimizer, coupling: str = "coupled") -> AttachHandle:
+        """Level 2: the optimizer's every step adds the penalty's gradient first. ``ewc()`` is then left out of the loss.
+
+        Once per step, whatever the gradient accumulation. Under a GradScaler that leaves unscaling to the optimizer the
+        gradient is scaled with the others, and left alone on overflow.
+
+        Args:
+            optimizer: Any torch optimizer that is stepped without a closure. One that maximises has the penalty subtracted.
+            coupling: ``"coupled"``: as if the penalty were in the loss.
+
+        Returns:
+            A handle; ``handle.remove()`` detaches.
+
+        Raises:
+            TypeError: Not a torch optimizer.
+            ValueError: It is attached to this optimizer already, or there is no such coupling.
+        """
+        if coupling not in COUPLINGS:
+            raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)} in this version, got {coupling!r}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if self.is_attached(optimizer):
+            raise ValueError("this EWCLoss is attached to this optimizer already: remove() the first handle")
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._selected = self._select()
+        mine = stepped & {id(p) for p in self._selected.values()}
+        if self._selected and not mine:
+            self._say_once(NOT_IN_OPTIMIZER)
+        for other in list(_attached):
+            theirs = {id(p) for group in other.optimizer.param_groups for p in group["params"]}
+            if mine & theirs & {id(p) for p in other.ewc._selected.values()}:
+                self._say_once("a parameter is stepped by two optimizers with a penalty attached: it is penalised by both")
+        handle = AttachHandle(self, optimizer)
+        self._handles.append(handle)
+        _attached.add(handle)
+        return handle
+
+    def is_attached(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether :meth:`attach` has been called for this optimizer, and the handle not removed."""
+        return any(handle.optimizer is optimizer for handle in self._handles)
+
+    def _detach(self, handle: AttachHandle) -> None:
+        if handle in self._handles:
+            self._handles.remove(handle)
+            _attached.discard(handle)
+            self._newest.pop(handle, None)
+
+    # ---- saying so ----
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, UserWarning, stacklevel=3)
+
+    def __repr__(self) -> str:
+        return (
+            f"EWCLoss(ewc_lambda={self.ewc_lambda}, mode={self.mode!r}, gamma={self.gamma}, damping={self.damping}, "
+            f"num_tasks={self.num_tasks})"
+        )
+
+
+def _split_by_grad_dtype(part: Part) -> list[Part]:
+    """A part that the op refused, cut where its gradients' dtypes differ. Raises again if that was not the reason."""
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, p in enumerate(part.params):
+        assert p.grad is not None
+        if p.grad.layout is not torch.strided:
+            raise ValueError(
+                f"{part.slots[i].name} has a {p.grad.layout} gradient, which a penalty on every entry does not fit: "
+                "build the layer with sparse=False"
+            ) from None
+        by_dtype.setdefault(p.grad.dtype, []).append(i)
+    if len(by_dtype) == 1:
+        raise  # noqa: PLE0704 - called while the op's error is handled
+    return [part.subset(chosen, maximize=part.maximize) for chosen in by_dtype.values()]
+
+
+def _raise_with_names(error: Exception, part: Part) -> NoReturn:
+    """Raises an op's error again, with parameters' names where the op knew only their index."""
+
+    def name(match: re.Match[str]) -> str:
+        slot = part.slots[int(match[2])].name
+        return slot if match[1] == "params" else f"the gradient of {slot}"
+
+    message = re.sub(r"\b(params|grads)\[(\d+)\]", name, str(error))
+    if message == str(error):
+        raise error
+    raise type(error)(message) from error

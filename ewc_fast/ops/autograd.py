@@ -1,0 +1,200 @@
+"""The penalty as a node of autograd: value and gradient in one pass, at the forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ewc_fast.ops import memory
+from ewc_fast.ops import penalty as ops
+from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
+
+
+def _storage_references(tensor: Tensor) -> int:
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward that is running leaves the graph for another (retain_graph); yes where torch can't tell."""
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if keep_graph is None else bool(keep_graph())
+
+
+class GradientBuffer:
+    """The flat buffer a gradient is written into: allocated once, used again as soon as nothing else holds its memory.
+
+    A graph whose backward has not run holds it, and so do gradients that autograd has moved into ``p.grad``.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+        self.handed_out = False  # whether a backward has ever asked for the gradient
+
+    def take(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A buffer as long as ``like``, on its device; its content is undefined."""
+        if torch.compiler.is_compiling():  # the compiler plans memory itself
+            return torch.empty_like(like, dtype=dtype)
+        old = self._buffer
+        if (
+            old is None
+            or old.shape != like.shape
+            or old.dtype != dtype
+            or old.device != like.device
+            or _storage_references(old) > _storage_references(torch.empty(0))
+        ):
+            self._buffer = old = torch.zeros_like(like, dtype=dtype)
+        return old.detach()  # an alias of its own, so that whoever keeps it is counted
+
+
+class _Penalty(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, q: FlatQuadratic, buffer: GradientBuffer, rows: Sequence[int | None], backend: str, *params: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad = buffer.take(q.anchor, params[0].dtype)
+        protected = [p if n is None else p[:n] for p, n in zip(params, rows, strict=True)]
+        result = ops.penalty_grad(protected, grad, q, backend=backend)
+        ctx.save_for_backward(grad)
+        ctx.q, ctx.buffer, ctx.rows, ctx.backend = q, buffer, rows, backend
+        ctx.shapes = [p.shape for p in params]
+        ctx.mark_non_differentiable(result.predicted, result.by_tensor)
+        return tuple(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (grad,) = ctx.saved_tensors
+        ctx.buffer.handed_out = True
+        if torch.compiler.is_compiling() or _graph_is_kept():
+            grad = (grad * grad_output).to(grad.dtype)
+        else:
+            grad = grad.detach()
+            ops.scale_(grad, grad_output, backend=ctx.backend)
+        gradients: list[Tensor | None] = []
+        position = 0
+        for i, (shape, rows) in enumerate(zip(ctx.shapes, ctx.rows, strict=True)):
+            strides = ctx.q.strides[position : position + len(shape)]
+            position += len(shape)
+            if not ctx.needs_input_grad[4 + i]:
+                gradients.append(None)
+                continue
+            protected = shape if rows is None else (rows, *shape[1:])
+            view = grad.as_strided(protected, strides, ctx.q.offsets[i])
+            if rows is not None:  # rows added since the anchor was set are free
+                view = torch.cat([view, view.new_zeros(shape[0] - rows, *shape[1:])])
+            gradients.append(view)
+        return (None, None, None, None, *gradients)
+
+
+def penalty(
+    params: Sequence[Tensor],
+    q: FlatQuadratic,
+    buffer: GradientBuffer,
+    rows: Sequence[int | None],
+    *,
+    backend: str = "auto",
+) -> PenaltyResult:
+    """The penalty with a gradient: exact autograd semantics, but for a second derivative, which raises.
+
+    Args:
+        params: Whole parameters, of one dtype and device.
+        q: The quadratic, of each parameter's protected part.
+        buffer: Where the gradient is kept until the backward.
+        rows: How many leading rows of a parameter are protected; None for all of it.
+        backend: As in :func:`ewc_fast.ops.penalty.penalty`.
+    """
+    return PenaltyResult(*_Penalty.apply(q, buffer, rows, backend, *params))
+
+
+def _flat_in_order_of(t: Tensor, p: Tensor) -> Tensor:
+    """``t`` as a flat buffer in ``p``'s memory order; a copy only where the two orders differ."""
+    strides = memory.memory_strides(p)
+    if not memory.is_dense(t) or not memory.same_memory_order(t, strides):
+        t = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+    return t.as_strided((t.numel(),), (1,))
+
+
+def _separate(
+    params: Sequence[Tensor],
+    fisher: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    ewc_lambda: Tensor,
+    run: Callable[[Tensor, FlatQuadratic], PenaltyResult],
+) -> Tensor:
+    """One call of an op per parameter; the sum of the values, in fp64 where the device has it."""
+    scalars: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    parts = []
+    for p, f, a in zip(params, fisher, anchor, strict=True):
+        if p.device not in scalars:
+            here = ewc_lambda.to(p.device)
+            scalars[p.device] = (here, torch.zeros_like(here))
+        q = FlatQuadratic(
+            _flat_in_order_of(a, p), _flat_in_order_of(f, p), [0], list(memory.memory_strides(p)), *scalars[p.device]
+        )
+        parts.append(run(p, q).by_tensor[0].to(params[0].device))
+    return torch.cat(parts).sum()
+
+
+class _SeparatePenalty(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, ewc_lambda: Tensor, fisher: Sequence[Tensor], anchor: Sequence[Tensor], backend: str, *params: Tensor
+    ) -> Tensor:
+        gradients = []
+
+        def run(p: Tensor, q: FlatQuadratic) -> PenaltyResult:
+            grad = torch.empty_strided(p.shape, memory.memory_strides(p), dtype=p.dtype, device=p.device)
+            gradients.append(grad)
+            return ops.penalty_grad([p], grad.as_strided((p.numel(),), (1,)), q, backend=backend)
+
+        total = _separate(params, fisher, anchor, ewc_lambda, run)
+        ctx.save_for_backward(*gradients)
+        return total.to(result_dtype(params))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        scaled: list[Tensor | None] = []
+        for i, grad in enumerate(ctx.saved_tensors):
+            factor = grad_output.to(grad.device)
+            scaled.append((grad * factor).to(grad.dtype) if ctx.needs_input_grad[4 + i] else None)
+        return (None, None, None, None, *scaled)
+
+
+def separate_penalty(
+    params: Sequence[Tensor],
+    fisher: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    ewc_lambda: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``lambda/2 * sum F d^2`` over state that comes in separate tensors, differentiable in the parameters.
+
+    Args:
+        params: At least one; any dtypes and devices.
+        fisher: Of the parameters' shapes, on their devices; fp64, fp32 or bf16.
+        anchor: Likewise.
+        ewc_lambda: 0-dim, fp32 or fp64.
+        backend: As in :func:`ewc_fast.ops.penalty.penalty`.
+
+    Returns:
+        0-dim, fp64 if any parameter is, else fp32; on the first parameter's device.
+    """
+    if torch.is_grad_enabled() and any(p.requires_grad for p in params):
+        total: Tensor = _SeparatePenalty.apply(ewc_lambda, fisher, anchor, backend, *params)
+        return total
+    with torch.no_grad():
+        total = _separate(params, fisher, anchor, ewc_lambda, lambda p, q: ops.penalty([p], q, backend=backend))
+        return total.to(result_dtype(params))
+
+
+def result_dtype(params: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of a penalty over these parameters."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+
+

@@ -1,0 +1,158 @@
+"""The native ops in plain PyTorch: the fallback where no kernel is built, and the oracle the kernels are tested against.
+
+Each function computes what the op of the same name in ``csrc/schema.cpp`` computes, with the same precision: element
+math in fp32 (fp64 for fp64 parameters), sums in fp64. Nothing here synchronises with the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ewc_fast.ops.memory import same_memory_order
+from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
+
+_STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+_DTYPES = (*_STATE_DTYPES, torch.float16)
+
+
+def _math_dtype(params: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if params and params[0].dtype == torch.float64 else torch.float32
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Metal has no fp64
+
+
+def _check(params: Sequence[Tensor], q: FlatQuadratic, grads: Sequence[Tensor] | None = None) -> list[Sequence[int]]:
+    """Raises what the native ops raise, before anything is written; returns each parameter's strides in the buffers."""
+    for name, flat in (("anchor", q.anchor), ("fisher", q.fisher)):
+        if flat.dtype == torch.float16:
+            raise ValueError(f"{name} is float16, which zeroes small Fisher entries: use bfloat16, float32 or float64")
+        if flat.dtype not in _STATE_DTYPES:
+            raise TypeError(f"{name} has dtype {flat.dtype}; expected float64, float32 or bfloat16")
+        if flat.dim() != 1 or not flat.is_contiguous() or flat.numel() != q.anchor.numel():
+            raise ValueError(f"{name} must be a flat (1-D, contiguous) buffer as long as the anchor")
+        if flat.device != q.anchor.device:
+            raise ValueError(f"{name} is on {flat.device}, anchor on {q.anchor.device}")
+    for name, count in (("offsets", len(q.offsets)), ("grads", len(params) if grads is None else len(grads))):
+        if count != len(params):
+            raise ValueError(f"{name} has {count} entries for {len(params)} parameters")
+    split, position = [], 0
+    for i, p in enumerate(params):
+        strides = q.strides[position : position + p.dim()]
+        position += p.dim()
+        for which, members in (("params", params), ("grads", grads or ())):
+            if i >= len(members):
+                continue
+            t = members[i]
+            if t.layout != torch.strided:
+                raise TypeError(f"{which}[{i}] is {t.layout}; expected a dense tensor")
+            if t.dtype not in _DTYPES or t.dtype != members[0].dtype:
+                raise TypeError(f"{which}[{i}] has dtype {t.dtype}, {which}[0] {members[0].dtype}: one call, one dtype")
+            if t.device != q.anchor.device:
+                raise ValueError(f"{which}[{i}] is on {t.device}, anchor on {q.anchor.device}")
+            if t.shape != p.shape:
+                raise ValueError(f"grads[{i}] has shape {tuple(t.shape)}, its parameter {tuple(p.shape)}")
+        if len(strides) != p.dim() or not same_memory_order(p, strides):
+            raise ValueError(f"params[{i}] has strides {p.stride()}, the state is laid in the order of {tuple(strides)}")
+        if not 0 <= q.offsets[i] <= q.anchor.numel() - p.numel():
+            raise ValueError(f"params[{i}] has {p.numel()} elements at offset {q.offsets[i]}, past the anchor's end")
+        split.append(strides)
+    if position != len(q.strides):
+        raise ValueError(f"strides has {len(q.strides)} entries for {position} dimensions")
+    return split
+
+
+def _pass(
+    params: Sequence[Tensor], q: FlatQuadratic, strides: Sequence[Sequence[int]], *, gradients: bool
+) -> tuple[PenaltyResult, list[Tensor]]:
+    math, sums = _math_dtype(params), _sum_dtype(q.anchor.device)
+    ewc_lambda, delta = q.ewc_lambda.reshape(()).to(sums), q.delta.reshape(())
+    penalties, predictions, unscaled = [], [], []
+    for i, p in enumerate(params):
+        anchor = q.anchor.as_strided(p.shape, strides[i], q.offsets[i]).to(math)
+        fisher = q.fisher.as_strided(p.shape, strides[i], q.offsets[i]).to(math)
+        d = p.to(math) - anchor
+        weighted, squared = (fisher * d * d).sum(dtype=sums), (d * d).sum(dtype=sums)
+        if q.constant is not None:
+            weighted = weighted + q.constant[i]
+        value = 0.5 * ewc_lambda * (weighted + delta.to(sums) * squared)
+        if q.scale is not None:
+            value = value * q.scale[i]
+        penalties.append(torch.where(ewc_lambda == 0, torch.zeros_like(value), value))
+        predictions.append(0.5 * weighted)
+        if gradients:
+            unscaled.append((fisher + delta.to(math)) * d)
+    if params:
+        by_tensor = torch.stack([torch.stack(penalties), torch.stack(predictions)])
+    else:
+        by_tensor = torch.zeros(2, 0, dtype=sums, device=q.anchor.device)
+    penalty, predicted = by_tensor.sum(dim=1).to(math).unbind()
+    return PenaltyResult(penalty.clone(), predicted.clone(), by_tensor), unscaled
+
+
+def _factor_and_acts(
+    q: FlatQuadratic, i: int, grad_scale: Tensor | None, found_inf: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    factor = q.ewc_lambda.reshape(())
+    acts = factor != 0
+    if q.scale is not None:
+        factor = factor * q.scale[i]
+    if grad_scale is not None:
+        factor = factor * grad_scale.reshape(())
+    if found_inf is not None:
+        acts = acts & (found_inf.reshape(()) == 0)
+    return factor.to(dtype), acts
+
+
+@torch.no_grad()
+def penalty(params: Sequence[Tensor], q: FlatQuadratic) -> PenaltyResult:
+    """The value alone."""
+    return _pass(params, q, _check(params, q), gradients=False)[0]
+
+
+@torch.no_grad()
+def penalty_grad(
+    params: Sequence[Tensor],
+    grad: Tensor,
+    q: FlatQuadratic,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> PenaltyResult:
+    """The value, and the gradient written into ``grad``."""
+    strides = _check(params, q)
+    if grad.dim() != 1 or not grad.is_contiguous() or grad.shape != q.anchor.shape or grad.device != q.anchor.device:
+        raise ValueError(f"grad must be a flat buffer like the anchor ({q.anchor.numel()} elements)")
+    result, gradients = _pass(params, q, strides, gradients=True)
+    for i, g in enumerate(gradients):
+        factor, acts = _factor_and_acts(q, i, grad_scale, found_inf, g.dtype)
+        out = grad.as_strided(g.shape, strides[i], q.offsets[i])
+        out.copy_(torch.where(acts, factor * g, torch.zeros_like(g)))
+    return result
+
+
+@torch.no_grad()
+def penalty_accumulate_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    q: FlatQuadratic,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    maximize: bool = False,
+) -> PenaltyResult:
+    """The value, and the gradient added to ``grads`` in place (subtracted with ``maximize``)."""
+    result, gradients = _pass(params, q, _check(params, q, grads), gradients=True)
+    for i, (g, out) in enumerate(zip(gradients, grads, strict=True)):
+        factor, acts = _factor_and_acts(q, i, grad_scale, found_inf, g.dtype)
+        total = out.to(g.dtype) - factor * g if maximize else out.to(g.dtype) + factor * g
+        out.copy_(torch.where(acts, total.to(out.dtype), out))
+    return result
+
+
+@torch.no_grad()
+def scale_(buffer: Tensor, factor: Tensor) -> None:
+    """``buffer *= factor``."""
+    buffer.mul_(factor.reshape(()))

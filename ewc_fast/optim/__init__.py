@@ -1,0 +1,1 @@
+"""EWC in the optimizer."""
