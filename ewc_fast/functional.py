@@ -31,6 +31,8 @@ def _lambda_tensor(ewc_lambda: float | Tensor, name: str, device: torch.device) 
         if ewc_lambda.numel() != 1:
             raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(ewc_lambda.shape)}")
         value = ewc_lambda.detach().reshape(())
+        if value.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would synchronise
+            check_lambda(float(value), name)
         return value if value.dtype in (torch.float32, torch.float64) else value.float()
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return torch.full((), check_lambda(ewc_lambda, name), dtype=dtype, device=device)
@@ -107,8 +109,8 @@ def ewc_loss(
 ) -> Tensor:
     """EWC's penalty of a model, from mappings by parameter name (Kirkpatrick et al. 2017, eq. 3).
 
-    ``lambda/2 * sum_i F_i (theta_i - theta*_i)^2`` over the parameters that require grad. (A listing that leaves out the
-    1/2 equals this one at twice its lambda.)
+    ``lambda/2 * sum_i F_i (theta_i - theta*_i)^2`` over the parameters that require grad. (A listing that leaves out
+    the 1/2 equals this one at twice its lambda.)
 
     Args:
         model: The model being trained.
@@ -124,7 +126,10 @@ def ewc_loss(
         ValueError: A parameter is missing from a mapping, or shapes or devices differ.
         TypeError: A dtype that has no penalty.
     """
-    names, params, fisher, anchor = [], [], [], []
+    names: list[str] = []
+    params: list[Tensor] = []
+    fisher: list[Tensor] = []
+    anchor: list[Tensor] = []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue

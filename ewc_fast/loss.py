@@ -91,8 +91,8 @@ class EWCLoss:
 
     Args:
         model: The model; the parameters that require grad are protected, once each when tied.
-        ewc_lambda: The weight, at least 0; 1 is the Bayesian one, 30 to 300 served best in experiments. May be set at any
-            time; at 0 nothing is penalised, but the forgetting is still predicted.
+        ewc_lambda: The weight, at least 0; 1 is the Bayesian one, 30 to 300 served best in experiments. May be set at
+            any time; at 0 nothing is penalised, but the forgetting is still predicted.
         mode: How tasks add up: ``"separate"``, the sum of a quadratic per task (kept in one, exactly); ``"online"``,
             ``F = gamma F + F_new`` around the newest weights (Schwarz et al. 2018); ``"latest"``, the newest task only.
         gamma: How much of the old Fisher stays, 0 to 1; online mode only.
@@ -232,8 +232,8 @@ class EWCLoss:
             loader: The finished task's data; its Fisher is estimated with :func:`ewc_fast.estimate_fisher`.
             fisher: Instead of ``loader``: a Fisher diagonal by parameter name, one entry for every protected parameter;
                 tied aliases and frozen parameters are ignored, any other name is an error.
-            anchor: The weights to return to, by name, if not the model's present ones; buffers are ignored as well, so that
-                ``model.state_dict()`` fits.
+            anchor: The weights to return to, by name, if not the model's present ones; buffers are ignored as well, so
+                that ``model.state_dict()`` fits.
             **estimate: With ``loader``: ``kind``, ``loss``, ``num_samples``, ``progress``, ``generator``.
 
         Raises:
@@ -414,7 +414,7 @@ class EWCLoss:
         with_graph = torch.is_grad_enabled()
         if with_graph and self._handles and not torch.compiler.is_compiling():
             self._say_once(
-                "ewc() is added to the loss while it is attached to an optimizer: the penalty counts twice. Leave one out"
+                "ewc() is called with a graph while attached to an optimizer: the penalty counts twice. Leave one out"
             )
 
         def op(part: Part) -> list[PartResult]:
@@ -442,7 +442,7 @@ class EWCLoss:
         """
         if self._handles and not torch.compiler.is_compiling():
             self._say_once(
-                "accumulate_grad_() is called while ewc is attached to an optimizer: the penalty counts twice. Leave one out"
+                "accumulate_grad_() is called while attached to an optimizer: the penalty counts twice. Leave one out"
             )
         results = self._accumulate(None, self._parts)
         return self._total([r.penalty for _, r in results]) if results else self._zero()
@@ -461,10 +461,11 @@ class EWCLoss:
             params = part.protected(part.params)
             if reads_only:
                 return [(part, ops.penalty(params, part.quadratic, backend=self.backend))]
+            grads: list[Tensor] = []
             for p in part.params:
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
-            grads = [p.grad for p in part.params]
+                grads.append(p.grad)
             device = part.quadratic.anchor.device
             try:
                 result = ops.penalty_accumulate_(
@@ -488,18 +489,19 @@ class EWCLoss:
         self._graphs += 1
         if self._graphs == _GRAPHS_WITHOUT_BACKWARD and not any(b.handed_out for b in self._buffers.values()):
             self._say_once(
-                f"ewc() was called {self._graphs} times and its gradient never reached a parameter: add what it returns "
-                "to the loss that backward() is called on, or call it under torch.no_grad()"
+                f"ewc() was called {self._graphs} times and its gradient never reached a parameter: add what it "
+                "returns to the loss that backward() is called on, or call it under torch.no_grad()"
             )
 
     # ---- what the newest pass said ----
 
     def _record(self, key: Hashable, results: list[PartResult]) -> None:
+        detached = [(part, r._replace(penalty=r.penalty.detach())) for part, r in results]
         if key is None:
-            self._newest.clear()
+            self._newest = {None: detached}
         else:
             self._newest.pop(None, None)
-        self._newest[key] = [(part, r._replace(penalty=r.penalty.detach())) for part, r in results]
+            self._newest[key] = detached
 
     def _results(self) -> list[PartResult]:
         return [result for results in self._newest.values() for result in results]
@@ -528,8 +530,8 @@ class EWCLoss:
     def predicted_forgetting(self) -> Tensor:
         """How far the mean loss of the old tasks is predicted to have risen, from the same pass; 0-dim, detached.
 
-        ``(sum F d^2 + C) / 2``, in nats per sample or token, whatever lambda is. A prediction, not a measurement: second
-        order, diagonal, and it reads low, on small overfitted nets by orders of magnitude.
+        ``(sum F d^2 + C) / 2``, in nats per sample or token, whatever lambda is. A prediction, not a measurement:
+        second order, diagonal, and it reads low, on small overfitted nets by orders of magnitude.
         """
         results = self._results()
         return self._total([r.predicted for _, r in results]) if results else self._zero()
@@ -541,13 +543,14 @@ class EWCLoss:
     # ---- level 2 ----
 
     def attach(self, optimizer: torch.optim.Optimizer, coupling: str = "coupled") -> AttachHandle:
-        """Level 2: the optimizer's every step adds the penalty's gradient first. ``ewc()`` is then left out of the loss.
+        """Level 2: every step of the optimizer adds the penalty's gradient first; leave ``ewc()`` out of the loss.
 
         Once per step, whatever the gradient accumulation. Under a GradScaler that leaves unscaling to the optimizer the
         gradient is scaled with the others, and left alone on overflow.
 
         Args:
-            optimizer: Any torch optimizer that is stepped without a closure. One that maximises has the penalty subtracted.
+            optimizer: Any torch optimizer that is stepped without a closure. From one that maximises the penalty is
+                subtracted.
             coupling: ``"coupled"``: as if the penalty were in the loss.
 
         Returns:
@@ -571,7 +574,9 @@ class EWCLoss:
         for other in list(_attached):
             theirs = {id(p) for group in other.optimizer.param_groups for p in group["params"]}
             if mine & theirs & {id(p) for p in other.ewc._selected.values()}:
-                self._say_once("a parameter is stepped by two optimizers with a penalty attached: it is penalised by both")
+                self._say_once(
+                    "a parameter is stepped by two optimizers with a penalty attached: it is penalised by both"
+                )
         handle = AttachHandle(self, optimizer)
         self._handles.append(handle)
         _attached.add(handle)

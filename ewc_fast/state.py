@@ -206,10 +206,13 @@ class EWCState:
             anchor: The weights at the end of the new task, likewise.
 
         Raises:
-            ValueError: A shape does not fit, a Fisher entry is negative, NaN or infinite, or an anchor is not finite.
+            ValueError: A shape does not fit or changed by more than added rows, a Fisher entry is negative, NaN or infinite, or an anchor is not finite.
                 Nothing has been written then.
         """
+        known = {s.name: s.shape for g in self.groups for s in g.group.slots}
         for name, p in params.items():
+            if name in known:
+                protected_part(name, p, known[name])
             _check_entry("Fisher", name, fisher[name], p, non_negative=True)
             _check_entry("anchor", name, anchor[name], p, non_negative=False)
         merging = self.mode == "separate" and self.num_tasks > 0
@@ -223,7 +226,7 @@ class EWCState:
     def _fold(self, g: GroupState, i: int, slot: Slot, new_fisher: Tensor, new_anchor: Tensor) -> None:
         f, a = slot.view(g.fisher), slot.view(g.anchor)
         if self.mode == "online":
-            f.mul_(self.gamma).add_(new_fisher.to(f.device, f.dtype))
+            f.copy_(self.gamma * f.double() + new_fisher.to(f.device, torch.float64))  # may be f itself
             a.copy_(new_anchor)
         elif self.mode == "latest" or self.num_tasks == 0:
             f.copy_(new_fisher)
@@ -234,7 +237,7 @@ class EWCState:
             total = fa + fb
             share = torch.where(total > 0, fb / total, torch.ones_like(total))  # of the newer task
             f.copy_(total)
-            a.copy_(ta + share * (tb - ta))
+            a.copy_(torch.lerp(ta, tb, share))  # exactly tb where share is 1
             g.constant[i] += (fa * share * (ta - tb).square()).sum()
 
     # ---- as plain data ----
@@ -273,6 +276,10 @@ class EWCState:
                     f"the state protects {name!r}, which is no trainable parameter of this model: load it into the "
                     f"model it was saved from (this model has {list(params)[:3]} ...)"
                 )
+            for what, t in (("Fisher", fisher[name]), ("anchor", anchor[name])):
+                if not isinstance(t, Tensor) or t.dtype not in _STATE_DTYPES:
+                    kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
+                    raise ValueError(f"the state's {what} of {name!r} is {kind}; float64, float32 or bfloat16 expected")
             p = protected_part(name, params[name], fisher[name].shape)
             _check_entry("Fisher", name, fisher[name], p, non_negative=True)
             _check_entry("anchor", name, anchor[name], p, non_negative=False)
@@ -290,9 +297,7 @@ class EWCState:
                 slot.view(loaded.fisher).copy_(fisher[slot.name])
                 slot.view(loaded.anchor).copy_(anchor[slot.name])
             groups.append(loaded)
-        self.groups = groups
-        self.num_tasks = int(state["num_tasks"])
-        self.info = state["info"]
+        self.groups, self.num_tasks, self.info = groups, state["num_tasks"], state["info"]
 
 
 def protected_part(name: str, p: Tensor, shape: torch.Size) -> Tensor:
@@ -338,5 +343,11 @@ def _check_saved(state: Mapping[str, Any], mode: str, gamma: float) -> None:
     for name, mine, saved in (("mode", mode, state["mode"]), ("gamma", gamma, state["gamma"])):
         if mine != saved:
             raise ValueError(f"the state was made with {name}={saved!r}, this EWCLoss has {mine!r}: make it the same")
-    if not state["fisher"].keys() == state["anchor"].keys() == state["constant"].keys():
+    named = [state[key] for key in ("fisher", "anchor", "constant")]
+    if not all(isinstance(m, Mapping) for m in named) or not named[0].keys() == named[1].keys() == named[2].keys():
         raise ValueError("the state's Fisher, anchor and constants name different parameters: the file is damaged")
+    if not isinstance(state["num_tasks"], int) or state["num_tasks"] < 0:
+        raise ValueError(f"the state's num_tasks is {state['num_tasks']!r}: the file is damaged")
+    for name, c in state["constant"].items():
+        if not isinstance(c, (int, float)) or not 0.0 <= c < float("inf"):
+            raise ValueError(f"the state's constant of {name!r} is {c!r}: the file is damaged")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,20 @@ def save_state(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     tensors = {
-        f"{kind}.{name}": t.detach().cpu().contiguous() for kind in ("fisher", "anchor") for name, t in state[kind].items()
+        f"{kind}.{name}": t.detach().cpu().contiguous()
+        for kind in ("fisher", "anchor")
+        for name, t in state[kind].items()
     }
     plain = {key: value for key, value in state.items() if key not in ("fisher", "anchor")}
     metadata = {"kind": _KIND, "state": json.dumps(plain)}
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    os.close(handle)
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         save_file(tensors, temporary, metadata=metadata)
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     if hasattr(os, "O_DIRECTORY"):  # make the rename itself durable
         directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -70,6 +71,6 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
                 kind, _, name = key.partition(".")
                 state[kind][name] = file.get_tensor(key).clone()
             state.update(json.loads(metadata["state"]))
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{os.fspath(path)!r} is damaged, truncated or no safetensors file: {error}") from error
     return state

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "clones.h"
 #include "penalty_ops.h"
@@ -190,9 +191,7 @@ void Cpu::run(const PenaltyCall& call) {
   std::vector<double> slots(2 * chunks, 0.0);
 
   const Plan writing = make_plan<mode>(param, grad, anchor.scalar_type(), fisher.scalar_type());
-  const Plan reading = mode == Mode::kAccumulate && !acts
-                           ? make_plan<Mode::kValue>(param, param, anchor.scalar_type(), fisher.scalar_type())
-                           : Plan{};
+  const Plan reading = make_plan<Mode::kValue>(param, param, anchor.scalar_type(), fisher.scalar_type());
   const int64_t p_size = c10::elementSize(param), g_size = c10::elementSize(grad);
   const int64_t a_size = anchor.element_size(), f_size = fisher.element_size();
   const void* anchor_data = anchor.const_data_ptr();
@@ -204,18 +203,19 @@ void Cpu::run(const PenaltyCall& call) {
     for (int64_t c = begin; c < end; ++c) {
       const int64_t t = tensor_of_chunk(first.data(), n, c);
       const Entry& entry = entries[t];
-      const double factor =
-          acts ? gradient_factor(ewc_lambda, read(call.scale, t, 1.0), loss_scale, call.maximize) : 0.0;
+      const double factor = gradient_factor(ewc_lambda, read(call.scale, t, 1.0), loss_scale, call.maximize);
       const int64_t start = (c - first[t]) * kChunk, stop = std::min(start + kChunk, entry.numel);
       for (int64_t i = start; i < stop; i += kBlock) {
         const int64_t size = std::min(kBlock, stop - i), at = entry.offset + i;
         const void* p = advance(entry.param, i * p_size);
         const void* a = advance(anchor_data, at * a_size);
         const void* f = advance(fisher_data, at * f_size);
-        if (mode == Mode::kAccumulate && !acts) {
+        void* g = advance(entry.grad, i * g_size);
+        if (acts) {
+          run_block<mode>(writing, p, g, a, f, size, delta, factor, &slots[2 * c]);
+        } else {  // not with a factor of 0: 0 times infinity is NaN
           run_block<Mode::kValue>(reading, p, nullptr, a, f, size, delta, 0.0, &slots[2 * c]);
-        } else {
-          run_block<mode>(writing, p, advance(entry.grad, i * g_size), a, f, size, delta, factor, &slots[2 * c]);
+          if (mode == Mode::kWrite) std::memset(g, 0, size * g_size);
         }
       }
     }

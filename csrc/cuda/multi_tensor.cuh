@@ -19,8 +19,10 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// Blocks that a multiprocessor holds at once: kernels are compiled for it (64 registers a thread), grids sized to it.
-constexpr int kBlocksPerMultiprocessor = 4;
+// Blocks that a multiprocessor holds at once: kernels are compiled for it, grids sized to it. 3 leave a thread 80
+// registers, 2 leave it 128.
+constexpr int kBlocksPerMultiprocessor = 3;
+constexpr int kBlocksPerMultiprocessorAny = 2;
 
 // Between them the threads of a block take kVector elements each in turn, so that this is what one sums in fp32.
 static_assert(kChunk / kThreads < kBlock, "an fp32 sum would be longer than kBlock");
@@ -64,8 +66,8 @@ EWC_DEVICE void with_type(Dtype dtype, Fn fn) {
 // stay in the L2 cache as far as they fit.
 enum class Cache { kKeep, kStream };
 
-// One operand of a chunk, kVector elements at a time: as 16-byte words where it starts on a 16-byte boundary, else
-// element by element. Either way a thread gets the same elements, so that sums do not depend on alignment.
+// One operand of a chunk, kVector elements at a time: kAligned in 16-byte words (kernels for Any: up to 16), else element
+// by element. Either way a thread gets the same elements, so that sums do not depend on alignment.
 template <typename S, typename M, int kVector, Cache cache>
 class Stream {
  public:
@@ -73,8 +75,9 @@ class Stream {
     S at[kVector];
   };
 
+  // An integer sum: a pass that touches no gradient may have a null tensor here.
   EWC_DEVICE Stream(const void* tensor, int64_t start, Dtype)
-      : data_(static_cast<S*>(const_cast<void*>(tensor)) + start) {}
+      : data_(reinterpret_cast<S*>(reinterpret_cast<uintptr_t>(tensor) + start * sizeof(S))) {}
 
   EWC_DEVICE bool aligned() const { return reinterpret_cast<uintptr_t>(data_) % 16 == 0; }
 
@@ -87,7 +90,7 @@ class Stream {
         const Word word = cache == Cache::kStream ? __ldcs(from + k) : __ldca(from + k);
         memcpy(reinterpret_cast<char*>(raw.at) + k * sizeof(Word), &word, sizeof(Word));
       }
-    } else {  // neighbours in a cache line are other loads': no streaming here
+    } else {  // other loads take the neighbours in the cache line: it has to stay
 #pragma unroll
       for (int j = 0; j < kVector; ++j) raw.at[j] = data_[i + j];
     }
@@ -122,7 +125,7 @@ class Stream {
 
  private:
   static constexpr int kBytes = kVector * static_cast<int>(sizeof(S));
-  using Word = std::conditional_t<kBytes % 16 == 0, uint4, uint2>;
+  using Word = std::conditional_t<kBytes % 16 == 0, uint4, std::conditional_t<kBytes == 8, uint2, unsigned>>;
   static constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
 
   S* data_;
@@ -233,8 +236,7 @@ EWC_DEVICE bool is_last_block(unsigned* counter) {
 }
 
 // Enough blocks to fill the device, which then walk the chunks; one where there is no chunk.
-inline unsigned grid_size(int64_t chunks, int multiprocessors) {
-  const int64_t resident = static_cast<int64_t>(multiprocessors) * kBlocksPerMultiprocessor;
+inline unsigned grid_size(int64_t chunks, int64_t resident) {
   const int64_t blocks = chunks < resident ? chunks : resident;
   return static_cast<unsigned>(blocks > 1 ? blocks : 1);
 }

@@ -17,8 +17,8 @@ static_assert(sizeof(PenaltyArguments) <= kParameterBytes, "too large for the ke
 // One for each stream that has launched eagerly on the device; zero from the start.
 __device__ unsigned static_counters[kStaticCounters];
 
-// Bytes of operands that a thread requests before it waits. 4 blocks of 256 threads with 128 bytes each have 128 KB on
-// the way in a multiprocessor; Hopper's memory needs about 40.
+// Bytes of operands that a thread requests before it waits: 3 blocks of 256 threads have 96 KB on the way in each
+// multiprocessor, where Hopper's memory wants about 40.
 constexpr int kBytesInFlight = 128;
 
 // How a kernel for these storage types moves: kVector elements, so that the narrowest takes 16 bytes, kUnroll times.
@@ -33,11 +33,13 @@ struct Moves {
   static constexpr int kBytes =
       kVector * static_cast<int>(sizeof(P) + sizeof(A) + sizeof(F) + (mode == Mode::kAccumulate ? sizeof(G) : 0));
   static constexpr int kUnroll = kBytesInFlight / kBytes > 1 ? kBytesInFlight / kBytes : 1;
+  static constexpr int kBlocks = kBlocksPerMultiprocessor;
 };
 template <Mode mode, typename M>
 struct Moves<mode, M, Any, Any, Any, Any> {
-  static constexpr int kVector = 4;
+  static constexpr int kVector = 16 / sizeof(M);
   static constexpr int kUnroll = 1;
+  static constexpr int kBlocks = kBlocksPerMultiprocessorAny;
 };
 
 // At most kChunk elements. acts: whether the gradient is touched (kAccumulate) or more than zeros (kWrite).
@@ -132,7 +134,7 @@ EWC_DEVICE void finish(const PenaltyArguments& arguments, double ewc_lambda, dou
 // Bytes per element, fp32: kValue reads 12; kWrite reads 12 and writes 4; kAccumulate reads 16 and writes 4. With bf16
 // throughout it is half, with fp64 double.
 template <Mode mode, typename M, typename P, typename G, typename A, typename F>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, Moves<mode, M, P, G, A, F>::kBlocks)
     penalty_kernel(const __grid_constant__ PenaltyArguments arguments) {
   using Move = Moves<mode, M, P, G, A, F>;
   constexpr int kVector = Move::kVector, kUnroll = Move::kUnroll;
@@ -156,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const Stream<A, M, kVector, Cache::kStream> a(launch.anchor, at, launch.anchor_dtype);
     const Stream<F, M, kVector, Cache::kStream> f(launch.fisher, at, launch.fisher_dtype);
     M weighted = 0, squared = 0;
-    const bool aligned = p.aligned() && a.aligned() && f.aligned() && (mode == Mode::kValue || g.aligned());
+    const bool aligned = p.aligned() && g.aligned() && a.aligned() && f.aligned();
     if (aligned) {
       penalty_chunk<mode, kVector, kUnroll, true>(p, g, a, f, n, static_cast<M>(delta), factor, acts, weighted,
                                                   squared);
@@ -174,39 +176,47 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
-using PenaltyKernel = void (*)(PenaltyArguments);
+struct PenaltyKernel {
+  void (*function)(PenaltyArguments) = nullptr;
+  int blocks_per_multiprocessor = 0;
+};
+
+template <Mode mode, typename M, typename P, typename G, typename A, typename F>
+PenaltyKernel kernel_of() {
+  return {penalty_kernel<mode, M, P, G, A, F>, Moves<mode, M, P, G, A, F>::kBlocks};
+}
 
 template <Mode mode, typename T, typename A>
 PenaltyKernel with_fisher(Dtype fisher) {
-  if (fisher == Dtype::kFloat32) return penalty_kernel<mode, float, T, T, A, float>;
-  if (fisher == Dtype::kBFloat16) return penalty_kernel<mode, float, T, T, A, bf16>;
-  return nullptr;
+  if (fisher == Dtype::kFloat32) return kernel_of<mode, float, T, T, A, float>();
+  if (fisher == Dtype::kBFloat16) return kernel_of<mode, float, T, T, A, bf16>();
+  return {};
 }
 
 template <Mode mode, typename T>
 PenaltyKernel with_state(Dtype anchor, Dtype fisher) {
   if (anchor == Dtype::kFloat32) return with_fisher<mode, T, float>(fisher);
   if (anchor == Dtype::kBFloat16) return with_fisher<mode, T, bf16>(fisher);
-  return nullptr;
+  return {};
 }
 
 // Usual combinations of dtypes have a kernel of their own; the others share one for each type of arithmetic.
 template <Mode mode>
 PenaltyKernel select_kernel(Dtype param, Dtype grad, Dtype anchor, Dtype fisher) {
-  PenaltyKernel kernel = nullptr;
+  PenaltyKernel kernel;
   if (param == grad) {
     switch (param) {
       case Dtype::kFloat32: kernel = with_state<mode, float>(anchor, fisher); break;
       case Dtype::kBFloat16: kernel = with_state<mode, bf16>(anchor, fisher); break;
       case Dtype::kFloat16: kernel = with_state<mode, f16>(anchor, fisher); break;
       case Dtype::kFloat64:
-        if (anchor == param && fisher == param) kernel = penalty_kernel<mode, double, double, double, double, double>;
+        if (anchor == param && fisher == param) kernel = kernel_of<mode, double, double, double, double, double>();
         break;
     }
   }
-  if (kernel != nullptr) return kernel;
-  return param == Dtype::kFloat64 ? penalty_kernel<mode, double, Any, Any, Any, Any>
-                                  : penalty_kernel<mode, float, Any, Any, Any, Any>;
+  if (kernel.function != nullptr) return kernel;
+  return param == Dtype::kFloat64 ? kernel_of<mode, double, Any, Any, Any, Any>()
+                                  : kernel_of<mode, float, Any, Any, Any, Any>();
 }
 
 }  // namespace
@@ -215,6 +225,7 @@ template <Mode mode>
 cudaError_t launch_penalty(const PenaltyLaunch& launch, cudaStream_t stream) {
   const PenaltyKernel kernel =
       select_kernel<mode>(launch.param_dtype, launch.grad_dtype, launch.anchor_dtype, launch.fisher_dtype);
+  const int64_t resident = static_cast<int64_t>(launch.multiprocessors) * kernel.blocks_per_multiprocessor;
   PenaltyArguments arguments;
   arguments.launch = launch;
   int64_t next = 0;
@@ -233,8 +244,8 @@ cudaError_t launch_penalty(const PenaltyLaunch& launch, cudaStream_t stream) {
     }
     arguments.last = next == launch.num_tensors;
     void* parameters[] = {&arguments};
-    const cudaError_t error = cudaLaunchKernel(kernel, dim3(grid_size(table.chunks, launch.multiprocessors)),
-                                               dim3(kThreads), parameters, 0, stream);
+    const cudaError_t error = cudaLaunchKernel(kernel.function, dim3(grid_size(table.chunks, resident)), dim3(kThreads),
+                                               parameters, 0, stream);
     if (error != cudaSuccess) return error;
   } while (next < launch.num_tensors);
   return cudaSuccess;

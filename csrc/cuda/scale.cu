@@ -52,7 +52,7 @@ cudaError_t launch_scale(void* data, int64_t numel, Dtype dtype, Scalar factor, 
     case Dtype::kFloat16: kernel = scale_kernel<f16>; break;
   }
   void* parameters[] = {&data, &numel, &factor};
-  return cudaLaunchKernel(kernel, dim3(grid_size(chunk_count(numel), multiprocessors)), dim3(kThreads), parameters, 0,
+  return cudaLaunchKernel(kernel, dim3(grid_size(chunk_count(numel), kBlocksPerMultiprocessor * multiprocessors)), dim3(kThreads), parameters, 0,
                           stream);
 }
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ewc_fast.ops import memory
 from ewc_fast.ops import penalty as ops
@@ -15,7 +14,7 @@ from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
 
 
 def _storage_references(tensor: Tensor) -> int:
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 def _graph_is_kept() -> bool:
@@ -50,9 +49,32 @@ class GradientBuffer:
         return old.detach()  # an alias of its own, so that whoever keeps it is counted
 
 
+class _FirstDerivativeOnly(torch.autograd.Function):
+    """Hands gradients through; a second derivative raises rather than leave the penalty's out."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "EWC's penalty has no second derivative here: leave it out of what create_graph=True differentiates, "
+            "or write it in plain PyTorch"
+        )
+
+
+def _first_derivative_only(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    if not torch.is_grad_enabled():  # enabled in a backward only under create_graph
+        return gradients
+    token = torch.empty(0, requires_grad=True)
+    given = iter(_FirstDerivativeOnly.apply(token, *(g for g in gradients if g is not None)))
+    return [None if g is None else next(given) for g in gradients]
+
+
 class _Penalty(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q: FlatQuadratic, buffer: GradientBuffer, rows: Sequence[int | None], backend: str, *params: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad = buffer.take(q.anchor, params[0].dtype)
@@ -62,15 +84,15 @@ class _Penalty(torch.autograd.Function):
         ctx.q, ctx.buffer, ctx.rows, ctx.backend = q, buffer, rows, backend
         ctx.shapes = [p.shape for p in params]
         ctx.mark_non_differentiable(result.predicted, result.by_tensor)
-        return tuple(result)
+        return result.penalty, result.predicted, result.by_tensor
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        ctx.buffer.handed_out = True
+        if not torch.compiler.is_compiling():
+            ctx.buffer.handed_out = True
         if torch.compiler.is_compiling() or _graph_is_kept():
-            grad = (grad * grad_output).to(grad.dtype)
+            grad = (grad * grad_output.detach()).to(grad.dtype)
         else:
             grad = grad.detach()
             ops.scale_(grad, grad_output, backend=ctx.backend)
@@ -87,7 +109,7 @@ class _Penalty(torch.autograd.Function):
             if rows is not None:  # rows added since the anchor was set are free
                 view = torch.cat([view, view.new_zeros(shape[0] - rows, *shape[1:])])
             gradients.append(view)
-        return (None, None, None, None, *gradients)
+        return (None, None, None, None, *_first_derivative_only(gradients))
 
 
 def penalty(
@@ -141,7 +163,7 @@ def _separate(
 
 class _SeparatePenalty(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, ewc_lambda: Tensor, fisher: Sequence[Tensor], anchor: Sequence[Tensor], backend: str, *params: Tensor
     ) -> Tensor:
         gradients = []
@@ -156,13 +178,12 @@ class _SeparatePenalty(torch.autograd.Function):
         return total.to(result_dtype(params))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         scaled: list[Tensor | None] = []
         for i, grad in enumerate(ctx.saved_tensors):
-            factor = grad_output.to(grad.device)
+            factor = grad_output.detach().to(grad.device)
             scaled.append((grad * factor).to(grad.dtype) if ctx.needs_input_grad[4 + i] else None)
-        return (None, None, None, None, *scaled)
+        return (None, None, None, None, *_first_derivative_only(scaled))
 
 
 def separate_penalty(

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 
-def _result(params: list[Tensor], anchor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _check_devices(expected: torch.device, *arguments: Any) -> None:
+    """The dispatcher runs a fake kernel on real tensors too, if one among them is on the meta device."""
+    for argument in arguments:
+        for t in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(t, Tensor) and t.device != expected:
+                raise ValueError(f"all tensors must be on one device, got one on {t.device} and one on {expected}")
+
+
+def _result(params: list[Tensor], anchor: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(anchor.device, params, *others)
     fp64 = len(params) > 0 and params[0].dtype == torch.float64
     dtype = torch.float64 if fp64 else torch.float32
     return (
@@ -23,16 +32,16 @@ def register() -> None:
 
     @torch.library.register_fake("ewc_fast::penalty")
     def _(params: list[Tensor], anchor: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _result(params, anchor)
+        return _result(params, anchor, *args, *kwargs.values())
 
     @torch.library.register_fake("ewc_fast::penalty_grad")
     def _(params: list[Tensor], grad: Tensor, anchor: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        return _result(params, anchor)
+        return _result(params, anchor, grad, *args, *kwargs.values())
 
     @torch.library.register_fake("ewc_fast::penalty_accumulate_")
     def _(params: list[Tensor], grads: list[Tensor], anchor: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        return _result(params, anchor)
+        return _result(params, anchor, grads, *args, *kwargs.values())
 
     @torch.library.register_fake("ewc_fast::scale_")
     def _(buffer: Tensor, factor: Tensor) -> None:
-        return None
+        _check_devices(buffer.device, factor)

@@ -1,4 +1,4 @@
-"""The native ops in plain PyTorch: the fallback where no kernel is built, and the oracle the kernels are tested against.
+"""The native ops in plain PyTorch: the fallback where no kernel is built, and the oracle of the kernels.
 
 Each function computes what the op of the same name in ``csrc/schema.cpp`` computes, with the same precision: element
 math in fp32 (fp64 for fp64 parameters), sums in fp64. Nothing here synchronises with the device.
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ewc_fast.ops.memory import same_memory_order
+from ewc_fast.ops.memory import is_dense, same_memory_order
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
 
 _STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 _DTYPES = (*_STATE_DTYPES, torch.float16)
+_SCALAR_DTYPES = (torch.float32, torch.float64)
 
 
 def _math_dtype(params: Sequence[Tensor]) -> torch.dtype:
@@ -24,6 +25,49 @@ def _math_dtype(params: Sequence[Tensor]) -> torch.dtype:
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # Metal has no fp64
+
+
+def _check_scalar(t: Tensor | None, name: str, device: torch.device) -> None:
+    if t is None:
+        return
+    if t.numel() != 1:
+        raise ValueError(f"{name} must hold one number, got shape {tuple(t.shape)}")
+    if t.dtype not in _SCALAR_DTYPES:
+        raise TypeError(f"{name} must be float32 or float64, got {t.dtype}")
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}, expected {device}")
+
+
+def _check_per_tensor(t: Tensor | None, name: str, count: int, device: torch.device, fp32_allowed: bool) -> None:
+    if t is None:
+        return
+    if t.shape != (count,) or not t.is_contiguous():
+        raise ValueError(f"{name} must be 1-D with one number for each of the {count} tensors, got {tuple(t.shape)}")
+    if t.dtype not in (_SCALAR_DTYPES if fp32_allowed else (torch.float64,)):
+        raise TypeError(f"{name} must be float64{' or float32' if fp32_allowed else ''}, got {t.dtype}")
+    if t.device != device:
+        raise ValueError(f"{name} is on {t.device}, expected {device}")
+
+
+def _check_scalars(
+    q: FlatQuadratic, count: int, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+) -> None:
+    device = q.anchor.device
+    _check_scalar(q.ewc_lambda, "ewc_lambda", device)
+    _check_scalar(q.delta, "delta", device)
+    _check_per_tensor(q.scale, "scale", count, device, fp32_allowed=True)
+    _check_per_tensor(q.constant, "constant", count, device, fp32_allowed=device.type == "mps")
+    _check_scalar(grad_scale, "grad_scale", device)
+    _check_scalar(found_inf, "found_inf", device)
+
+
+def _overlaps(t: Tensor) -> bool:
+    return any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
+
+
+def _view(flat: Tensor, p: Tensor, strides: Sequence[int], offset: int) -> Tensor:
+    """A parameter's slice of a flat buffer, which may itself be a view of something larger."""
+    return flat.narrow(0, offset, p.numel()).as_strided(p.shape, strides)
 
 
 def _check(params: Sequence[Tensor], q: FlatQuadratic, grads: Sequence[Tensor] | None = None) -> list[Sequence[int]]:
@@ -40,7 +84,8 @@ def _check(params: Sequence[Tensor], q: FlatQuadratic, grads: Sequence[Tensor] |
     for name, count in (("offsets", len(q.offsets)), ("grads", len(params) if grads is None else len(grads))):
         if count != len(params):
             raise ValueError(f"{name} has {count} entries for {len(params)} parameters")
-    split, position = [], 0
+    split: list[Sequence[int]] = []
+    position = 0
     for i, p in enumerate(params):
         strides = q.strides[position : position + p.dim()]
         position += p.dim()
@@ -56,8 +101,12 @@ def _check(params: Sequence[Tensor], q: FlatQuadratic, grads: Sequence[Tensor] |
                 raise ValueError(f"{which}[{i}] is on {t.device}, anchor on {q.anchor.device}")
             if t.shape != p.shape:
                 raise ValueError(f"grads[{i}] has shape {tuple(t.shape)}, its parameter {tuple(p.shape)}")
+            if which == "grads" and _overlaps(t):
+                raise ValueError(f"grads[{i}] has strides {t.stride()}: elements share memory; clone() it first")
         if len(strides) != p.dim() or not same_memory_order(p, strides):
-            raise ValueError(f"params[{i}] has strides {p.stride()}, the state is laid in the order of {tuple(strides)}")
+            raise ValueError(f"params[{i}] has strides {p.stride()}, the state is laid by {tuple(strides)}")
+        if not is_dense(torch.empty_strided(p.shape, strides, device="meta")) and p.numel() > 0:
+            raise ValueError(f"strides {tuple(strides)} leave gaps for shape {tuple(p.shape)}")
         if not 0 <= q.offsets[i] <= q.anchor.numel() - p.numel():
             raise ValueError(f"params[{i}] has {p.numel()} elements at offset {q.offsets[i]}, past the anchor's end")
         split.append(strides)
@@ -73,8 +122,8 @@ def _pass(
     ewc_lambda, delta = q.ewc_lambda.reshape(()).to(sums), q.delta.reshape(())
     penalties, predictions, unscaled = [], [], []
     for i, p in enumerate(params):
-        anchor = q.anchor.as_strided(p.shape, strides[i], q.offsets[i]).to(math)
-        fisher = q.fisher.as_strided(p.shape, strides[i], q.offsets[i]).to(math)
+        anchor = _view(q.anchor, p, strides[i], q.offsets[i]).to(math)
+        fisher = _view(q.fisher, p, strides[i], q.offsets[i]).to(math)
         d = p.to(math) - anchor
         weighted, squared = (fisher * d * d).sum(dtype=sums), (d * d).sum(dtype=sums)
         if q.constant is not None:
@@ -111,6 +160,7 @@ def _factor_and_acts(
 @torch.no_grad()
 def penalty(params: Sequence[Tensor], q: FlatQuadratic) -> PenaltyResult:
     """The value alone."""
+    _check_scalars(q, len(params))
     return _pass(params, q, _check(params, q), gradients=False)[0]
 
 
@@ -123,14 +173,19 @@ def penalty_grad(
     found_inf: Tensor | None = None,
 ) -> PenaltyResult:
     """The value, and the gradient written into ``grad``."""
+    _check_scalars(q, len(params), grad_scale, found_inf)
     strides = _check(params, q)
+    if grad.dtype not in _DTYPES:
+        raise TypeError(f"grad has dtype {grad.dtype}; expected float64, float32, bfloat16 or float16")
     if grad.dim() != 1 or not grad.is_contiguous() or grad.shape != q.anchor.shape or grad.device != q.anchor.device:
         raise ValueError(f"grad must be a flat buffer like the anchor ({q.anchor.numel()} elements)")
     result, gradients = _pass(params, q, strides, gradients=True)
     for i, g in enumerate(gradients):
         factor, acts = _factor_and_acts(q, i, grad_scale, found_inf, g.dtype)
-        out = grad.as_strided(g.shape, strides[i], q.offsets[i])
-        out.copy_(torch.where(acts, factor * g, torch.zeros_like(g)))
+        value = torch.where(acts, factor * g, torch.zeros_like(g))
+        # Through a copy in memory order: torch.compile refuses to write to a strided view of a slice.
+        laid = torch.empty_strided(g.shape, strides[i], dtype=grad.dtype, device=grad.device).copy_(value)
+        grad.narrow(0, q.offsets[i], g.numel()).copy_(laid.as_strided((g.numel(),), (1,)))
     return result
 
 
@@ -144,6 +199,7 @@ def penalty_accumulate_(
     maximize: bool = False,
 ) -> PenaltyResult:
     """The value, and the gradient added to ``grads`` in place (subtracted with ``maximize``)."""
+    _check_scalars(q, len(params), grad_scale, found_inf)
     result, gradients = _pass(params, q, _check(params, q, grads), gradients=True)
     for i, (g, out) in enumerate(zip(gradients, grads, strict=True)):
         factor, acts = _factor_and_acts(q, i, grad_scale, found_inf, g.dtype)
@@ -155,4 +211,9 @@ def penalty_accumulate_(
 @torch.no_grad()
 def scale_(buffer: Tensor, factor: Tensor) -> None:
     """``buffer *= factor``."""
+    if buffer.dtype not in _DTYPES:
+        raise TypeError(f"buffer has dtype {buffer.dtype}; expected float64, float32, bfloat16 or float16")
+    if not buffer.is_contiguous():
+        raise ValueError("buffer must be contiguous")
+    _check_scalar(factor, "factor", buffer.device)
     buffer.mul_(factor.reshape(()))

@@ -18,7 +18,7 @@ class FlatQuadratic(NamedTuple):
         ewc_lambda: 0-dim, fp32 or fp64, on the parameters' device: read there.
         delta: Damping times the mean Fisher; like ``ewc_lambda``.
         scale: One factor of lambda per parameter, or None for 1.
-        constant: One constant C per parameter, fp64, or None for 0: what merging several tasks into one quadratic added.
+        constant: One constant C per parameter, fp64, or None for 0: what merging several tasks into one added.
     """
 
     anchor: Tensor

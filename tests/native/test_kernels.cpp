@@ -1,0 +1,632 @@
+// The CUDA kernels under the host emulation, against loops in fp64 that are written from the formula alone.
+//
+//   test_kernels SEED
+//
+// Two kinds of data. Exact: small integers, for which every fp32 operation of the kernels is exact, whatever its order,
+// so that results must be equal and one element dropped, doubled or misplaced shows. Random: against error bounds.
+//
+// The bounds. u is the unit roundoff of the arithmetic: 2^-24, for fp64 parameters 2^-53.
+//   Sums: F d^2 and d^2 take at most 4 operations, each with error u; a thread then adds at most kChunk / kThreads + 1
+//   of these terms, none negative. From there on it is fp64: under 100 additions on the way to a tensor's sum.
+//   Gradient: t = factor (F + delta) d has at most 7 roundings (factor, delta and d among them), g + t one more, then
+//   the storage type rounds, subnormals absolutely; fp64 is stored as fp16 by way of fp32, which rounds once more.
+//   Operands that are wider than the arithmetic are rounded to it first: an anchor in d with error u |anchor|.
+#include <cinttypes>
+#include <cmath>
+#include <cstdarg>
+#include <functional>
+#include <limits>
+#include <string>
+
+#include "penalty_accumulate.cu"
+#include "penalty_value.cu"
+#include "penalty_write.cu"
+#include "scale.cu"
+
+namespace {
+
+using ewc::Dtype;
+using ewc::kChunk;
+using ewc::kTensorsPerLaunch;
+using ewc::kThreads;
+using ewc::Mode;
+using ewc::Scalar;
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr Dtype kF64 = Dtype::kFloat64, kF32 = Dtype::kFloat32, kB16 = Dtype::kBFloat16, kF16 = Dtype::kFloat16;
+
+std::string context;
+int failures = 0;
+int64_t checks = 0;
+
+void check(bool holds, const char* format, ...) {
+  ++checks;
+  if (holds || ++failures > 20) return;
+  std::fprintf(stderr, "FAILED %s: ", context.c_str());
+  va_list arguments;
+  va_start(arguments, format);
+  std::vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  std::fputc('\n', stderr);
+}
+
+bool same(double got, double expected) { return got == expected || (std::isnan(got) && std::isnan(expected)); }
+
+bool close(double got, double expected, double bound) {
+  return same(got, expected) || std::abs(got - expected) <= bound;
+}
+
+// ---- storage types, by arithmetic on doubles ----
+
+struct Format {
+  int bytes, digits, lowest;  // significand's bits; exponent of the smallest subnormal
+  const char* name;
+  double roundoff() const { return std::ldexp(1.0, -digits); }
+};
+
+Format format_of(Dtype dtype) {
+  switch (dtype) {
+    case kF64: return {8, 53, -1074, "fp64"};
+    case kF32: return {4, 24, -149, "fp32"};
+    case kB16: return {2, 8, -133, "bf16"};
+    default: return {2, 11, -24, "fp16"};
+  }
+}
+
+double rounded(Dtype dtype, double x) {
+  if (x == 0 || !std::isfinite(x)) return x;
+  const Format format = format_of(dtype);
+  int exponent;
+  std::frexp(x, &exponent);
+  const int unit = std::max(exponent - format.digits, format.lowest);
+  return std::ldexp(std::nearbyint(std::ldexp(x, -unit)), unit);
+}
+
+double decode(Dtype dtype, const void* from) {
+  if (dtype == kF64) return *static_cast<const double*>(from);
+  if (dtype == kF32) return *static_cast<const float*>(from);
+  const unsigned bits = *static_cast<const uint16_t*>(from);
+  const int fraction_bits = format_of(dtype).digits - 1;
+  const int exponents = (1 << (15 - fraction_bits)) - 1;
+  const int exponent = static_cast<int>(bits >> fraction_bits) & exponents;
+  const double fraction = bits & ((1u << fraction_bits) - 1);
+  const double sign = bits & 0x8000u ? -1 : 1;
+  if (exponent == exponents) return fraction != 0 ? kNaN : sign * std::numeric_limits<double>::infinity();
+  const double significand = exponent == 0 ? fraction : fraction + (1 << fraction_bits);
+  return sign * std::ldexp(significand, std::max(exponent, 1) - 1 + format_of(dtype).lowest);
+}
+
+// x has to be a value of the type.
+void encode(Dtype dtype, double x, void* to) {
+  if (dtype == kF64) {
+    *static_cast<double*>(to) = x;
+  } else if (dtype == kF32) {
+    *static_cast<float*>(to) = static_cast<float>(x);
+  } else {
+    const Format format = format_of(dtype);
+    const int fraction_bits = format.digits - 1;
+    unsigned bits = std::signbit(x) ? 0x8000u : 0;
+    if (std::isnan(x)) {
+      bits = 0x7fffu;
+    } else if (x != 0) {
+      int exponent;
+      std::frexp(x, &exponent);
+      const int unit = std::max(exponent - format.digits, format.lowest);
+      const auto significand = static_cast<unsigned>(std::ldexp(std::abs(x), -unit));
+      bits += (static_cast<unsigned>(unit - format.lowest) << fraction_bits) + significand;  // the implicit bit carries
+    }
+    *static_cast<uint16_t*>(to) = static_cast<uint16_t>(bits);
+  }
+}
+
+// Elements that end where the allocation does, for AddressSanitizer, and start `shift` elements after a 64-byte boundary.
+class Buffer {
+ public:
+  Buffer(Dtype dtype, int64_t numel, int64_t shift = 0) : dtype_(dtype), shift_(shift) {
+    bytes_ = (numel + shift) * format_of(dtype).bytes;
+    if (posix_memalign(&memory_, 64, std::max<int64_t>(bytes_, 1)) != 0) std::abort();
+    std::memset(memory_, 0x5a, bytes_);
+  }
+  Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(memory_, other.memory_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(dtype_, other.dtype_);
+    std::swap(shift_, other.shift_);
+    return *this;
+  }
+  ~Buffer() { std::free(memory_); }
+
+  void* at(int64_t i) const { return static_cast<char*>(memory_) + (i + shift_) * format_of(dtype_).bytes; }
+  void* data() const { return at(0); }
+  double get(int64_t i) const { return decode(dtype_, at(i)); }
+  void set(int64_t i, double x) { encode(dtype_, x, at(i)); }
+  std::string bytes() const { return {static_cast<const char*>(memory_), static_cast<size_t>(bytes_)}; }
+  void restore(const std::string& bytes) { std::memcpy(memory_, bytes.data(), bytes.size()); }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t bytes_ = 0;
+  Dtype dtype_ = kF32;
+  int64_t shift_ = 0;
+};
+
+// ---- the penalty ----
+
+struct Case {
+  Mode mode = Mode::kAccumulate;
+  Dtype p = kF32, g = kF32, a = kF32, f = kF32;
+  std::vector<int64_t> sizes = {1000};
+  bool exact = true;
+  int64_t p_shift = 0, g_shift = 0, state_shift = 0;  // elements
+  double ewc_lambda = 2, delta = 0.5;
+  bool per_tensor = true;  // scale and constant
+  bool fp64_scalars = true;
+  double grad_scale = 0;  // 0: absent
+  int found_inf = -1;     // -1: absent
+  bool maximize = false;
+  int64_t nan_tensor = -1, nan_element = 0;
+  bool null_gradients = false;  // to show that they are not touched
+  bool static_counter = false;
+};
+
+struct Outputs {
+  std::string penalty, predicted, by_tensor, gradients;
+  bool operator==(const Outputs& o) const {
+    return penalty == o.penalty && predicted == o.predicted && by_tensor == o.by_tensor && gradients == o.gradients;
+  }
+};
+
+std::string describe(const Case& c) {
+  const char* modes[] = {"value", "write", "accumulate"};
+  std::string text = modes[static_cast<int>(c.mode)];
+  for (const Dtype dtype : {c.p, c.g, c.a, c.f}) text += std::string(" ") + format_of(dtype).name;
+  text += c.exact ? " exact" : " random";
+  text += " tensors " + std::to_string(c.sizes.size()) + " sizes";
+  for (size_t i = 0; i < c.sizes.size() && i < 8; ++i) text += " " + std::to_string(c.sizes[i]);
+  text += " shifts " + std::to_string(c.p_shift) + std::to_string(c.g_shift) + std::to_string(c.state_shift);
+  text += " lambda " + std::to_string(c.ewc_lambda) + " found_inf " + std::to_string(c.found_inf);
+  return text;
+}
+
+using Launch = cudaError_t (*)(const ewc::PenaltyLaunch&, cudaStream_t);
+
+// Runs the case under several orders and grids, which must agree to the bit, and checks the outputs.
+Outputs run(const Case& c, uint64_t seed, int repeats = 2) {
+  context = describe(c);
+  std::mt19937_64 random(seed);
+  const auto uniform = [&] { return std::uniform_real_distribution<double>(-1, 1)(random); };
+  const auto integer = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
+
+  const auto n = static_cast<int64_t>(c.sizes.size());
+  std::vector<int64_t> offsets;
+  int64_t total = 0, chunks = 0;
+  for (const int64_t size : c.sizes) {
+    offsets.push_back(total);
+    total += (size + 31) / 32 * 32 + 32 * integer(0, 1);
+    chunks += (size + kChunk - 1) / kChunk;
+  }
+  Buffer anchor(c.a, total, c.state_shift), fisher(c.f, total, c.state_shift), flat(c.g, total, c.g_shift);
+  for (int64_t i = 0; i < total; ++i) {  // what lies between tensors must not be read
+    anchor.set(i, kNaN);
+    fisher.set(i, kNaN);
+    flat.set(i, 77);
+  }
+  std::vector<Buffer> params, grads;
+  for (int64_t t = 0; t < n; ++t) {
+    params.emplace_back(c.p, c.sizes[t], c.p_shift);
+    grads.emplace_back(c.g, c.sizes[t], c.g_shift);
+    for (int64_t i = 0; i < c.sizes[t]; ++i) {
+      const double theta = c.exact ? integer(-3, 3) : uniform();
+      const double old = c.exact ? theta + integer(-2, 2) : theta + 0.1 * uniform();
+      const double information = c.exact ? integer(0, 3) : std::pow(uniform(), 2);
+      const double task = c.exact ? integer(-8, 8) : uniform();
+      params[t].set(i, rounded(c.p, theta));
+      anchor.set(offsets[t] + i, rounded(c.a, old));
+      fisher.set(offsets[t] + i, rounded(c.f, information));
+      grads[t].set(i, rounded(c.g, task));
+    }
+  }
+  if (c.nan_tensor >= 0) params[c.nan_tensor].set(c.nan_element, kNaN);
+
+  const Dtype scalars = c.fp64_scalars ? kF64 : kF32, results = c.p == kF64 ? kF64 : kF32;
+  const auto scalar_buffer = [&](double x) {
+    Buffer buffer(scalars, 1);
+    buffer.set(0, rounded(scalars, x));
+    return buffer;
+  };
+  const Buffer ewc_lambda = scalar_buffer(c.ewc_lambda), delta = scalar_buffer(c.delta);
+  const Buffer grad_scale = scalar_buffer(c.grad_scale), found_inf = scalar_buffer(c.found_inf);
+  Buffer scale(scalars, n), constant(kF64, n);
+  for (int64_t t = 0; t < n; ++t) {
+    scale.set(t, c.exact ? std::ldexp(1.0, integer(-1, 1)) : rounded(scalars, 1.5 + uniform()));
+    constant.set(t, c.exact ? integer(0, 9) : 1 + uniform());
+  }
+  Buffer penalty(results, 1), predicted(results, 1), by_tensor(kF64, 2 * n), slots(kF64, 2 * chunks);
+  Buffer counter(kF32, 1);  // 4 bytes
+  std::memset(counter.data(), 0, 4);
+
+  std::vector<ewc::Entry> entries;
+  for (int64_t t = 0; t < n; ++t) {
+    void* gradient = c.mode == Mode::kValue || c.null_gradients ? nullptr
+                     : c.mode == Mode::kWrite                   ? flat.at(offsets[t])
+                                                                : grads[t].data();
+    entries.push_back({params[t].data(), gradient, offsets[t], c.sizes[t]});
+  }
+  const bool fp64 = c.fp64_scalars;
+  const auto when = [](bool present, const Buffer& buffer, bool is_fp64) {
+    return present ? Scalar{buffer.data(), is_fp64} : Scalar{};
+  };
+  ewc::PenaltyLaunch launch{};
+  launch.entries = entries.data();
+  launch.num_tensors = n;
+  launch.anchor = anchor.data();
+  launch.fisher = fisher.data();
+  launch.param_dtype = c.p;
+  launch.grad_dtype = c.g;
+  launch.anchor_dtype = c.a;
+  launch.fisher_dtype = c.f;
+  launch.ewc_lambda = {ewc_lambda.data(), fp64};
+  launch.delta = {delta.data(), fp64};
+  launch.scale = when(c.per_tensor, scale, fp64);
+  launch.constant = when(c.per_tensor, constant, true);
+  launch.grad_scale = when(c.grad_scale != 0, grad_scale, fp64);
+  launch.found_inf = when(c.found_inf >= 0, found_inf, fp64);
+  launch.maximize = c.maximize;
+  launch.penalty = penalty.data();
+  launch.predicted = predicted.data();
+  launch.by_tensor = static_cast<double*>(by_tensor.data());
+  launch.slots = static_cast<double2*>(slots.data());
+  launch.counter = c.static_counter ? ewc::Counter{nullptr, integer(0, ewc::kStaticCounters - 1)}
+                                    : ewc::Counter{static_cast<unsigned*>(counter.data()), 0};
+  const Launch launcher = c.mode == Mode::kValue   ? ewc::launch_penalty<Mode::kValue>
+                          : c.mode == Mode::kWrite ? ewc::launch_penalty<Mode::kWrite>
+                                                   : ewc::launch_penalty<Mode::kAccumulate>;
+
+  // Inputs as they were, for comparison afterwards.
+  const std::string old_anchor = anchor.bytes(), old_fisher = fisher.bytes(), old_flat = flat.bytes();
+  std::vector<std::string> old_params, old_grads;
+  for (const Buffer& buffer : params) old_params.push_back(buffer.bytes());
+  for (const Buffer& buffer : grads) old_grads.push_back(buffer.bytes());
+  const auto gradients = [&] {
+    std::string all = flat.bytes();
+    for (const Buffer& buffer : grads) all += buffer.bytes();
+    return all;
+  };
+
+  Outputs outputs;
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    flat.restore(old_flat);
+    for (int64_t t = 0; t < n; ++t) grads[t].restore(old_grads[t]);
+    for (int64_t i = 0; i < 2 * n; ++i) by_tensor.set(i, kNaN);
+    for (int64_t i = 0; i < 2 * chunks; ++i) slots.set(i, kNaN);
+    penalty.set(0, -1);
+    predicted.set(0, -1);
+    launch.multiprocessors = std::vector<int>{5, 1, 2}[repeat % 3];
+    emulation::device.random.seed(seed + repeat);
+    emulation::device.launches = 0;
+    check(launcher(launch, nullptr) == cudaSuccess, "the launch failed");
+    const int64_t launches = std::max<int64_t>(1, (n + kTensorsPerLaunch - 1) / kTensorsPerLaunch);
+    check(emulation::device.launches == launches, "%d launches", emulation::device.launches);
+    const unsigned left =
+        c.static_counter ? ewc::static_counters[launch.counter.index] : *static_cast<unsigned*>(counter.data());
+    check(left == 0, "the counter is left at %u", left);
+    const Outputs now = {penalty.bytes(), predicted.bytes(), by_tensor.bytes(), gradients()};
+    if (repeat == 0) outputs = now;
+    check(now == outputs, "other bits in repeat %d", repeat);
+  }
+  check(anchor.bytes() == old_anchor && fisher.bytes() == old_fisher, "the state was written");
+  for (int64_t t = 0; t < n; ++t) check(params[t].bytes() == old_params[t], "parameter %" PRId64 " was written", t);
+
+  // The formula.
+  const double u = c.p == kF64 ? std::ldexp(1.0, -53) : std::ldexp(1.0, -24);
+  const double sum_bound = c.exact ? 0 : (4 + kChunk / kThreads + 1) * u + 100 * std::ldexp(1.0, -53);
+  const double lambda = ewc_lambda.get(0), damping = delta.get(0);
+  const bool wide_anchor = c.a == kF64 && c.p != kF64, wide_task = c.g == kF64 && c.p != kF64;
+  const bool acts = lambda != 0 && c.found_inf != 1;
+  const Format stored = format_of(c.g);
+  double all = 0, forgetting = 0, all_bound = 0, forgetting_bound = 0;
+  for (int64_t t = 0; t < n; ++t) {
+    const double s = c.per_tensor ? scale.get(t) : 1, constant_t = c.per_tensor ? constant.get(t) : 0;
+    const double factor = (c.maximize ? -1 : 1) * lambda * s * (c.grad_scale != 0 ? grad_scale.get(0) : 1);
+    double weighted = 0, squared = 0, weighted_bound = 0, squared_bound = 0;
+    for (int64_t i = 0; i < c.sizes[t]; ++i) {
+      const double old = anchor.get(offsets[t] + i), information = fisher.get(offsets[t] + i);
+      const double d = params[t].get(i) - old, d_bound = wide_anchor && !c.exact ? u * std::abs(old) : 0;
+      weighted += information * d * d;
+      squared += d * d;
+      weighted_bound += information * (2 * std::abs(d) + d_bound) * d_bound;
+      squared_bound += (2 * std::abs(d) + d_bound) * d_bound;
+      if (c.mode == Mode::kValue || c.null_gradients) continue;
+      const double task = c.mode == Mode::kWrite ? 0 : decode(c.g, old_grads[t].data() + (c.g_shift + i) * stored.bytes);
+      const double term = acts ? factor * (information + damping) * d : 0, expected = task + term;
+      const double got = c.mode == Mode::kWrite ? flat.get(offsets[t] + i) : grads[t].get(i);
+      double bound = 0;
+      if (acts && !c.exact) {
+        const double by_fp32 = c.g == kF16 ? std::ldexp(1.0, -24) : 0;
+        bound = 7 * u * std::abs(term) + std::abs(factor) * (information + damping) * d_bound +
+                (wide_task ? u * std::abs(task) : 0) +
+                (u + 1.01 * stored.roundoff() + by_fp32) * std::abs(expected) + std::ldexp(1.0, stored.lowest - 1);
+      }
+      check(close(got, expected, bound), "gradient [%" PRId64 "][%" PRId64 "] is %.17g, expected %.17g", t, i, got,
+            expected);
+    }
+    const double value = lambda == 0 ? 0 : lambda / 2 * s * (weighted + constant_t + damping * squared);
+    const double predicted_t = (weighted + constant_t) / 2;
+    weighted_bound += sum_bound * (weighted + constant_t);
+    squared_bound += sum_bound * squared;
+    const double bound = std::abs(lambda / 2 * s) * (weighted_bound + std::abs(damping) * squared_bound);
+    check(close(by_tensor.get(t), value, bound), "penalty of tensor %" PRId64 " is %.17g, expected %.17g", t,
+          by_tensor.get(t), value);
+    check(close(by_tensor.get(n + t), predicted_t, weighted_bound / 2),
+          "forgetting of tensor %" PRId64 " is %.17g, expected %.17g", t, by_tensor.get(n + t), predicted_t);
+    all += value;
+    all_bound += bound;
+    forgetting += predicted_t;
+    forgetting_bound += weighted_bound / 2;
+  }
+  const double last_rounding = c.exact ? 0 : format_of(results).roundoff() + 100 * std::ldexp(1.0, -53);
+  check(close(penalty.get(0), c.exact ? rounded(results, all) : all, all_bound + last_rounding * std::abs(all)),
+        "the penalty is %.17g, expected %.17g", penalty.get(0), all);
+  check(close(predicted.get(0), c.exact ? rounded(results, forgetting) : forgetting,
+              forgetting_bound + last_rounding * forgetting),
+        "the forgetting is %.17g, expected %.17g", predicted.get(0), forgetting);
+
+  // Memory that is nobody's, and gradients where the op leaves them alone.
+  if (c.mode != Mode::kWrite) check(flat.bytes() == old_flat, "a buffer that is no argument was written");
+  if (c.mode == Mode::kWrite) {
+    int64_t next = 0;
+    for (int64_t t = 0; t <= n; ++t) {
+      for (const int64_t end = t < n ? offsets[t] : total; next < end; ++next) {
+        check(flat.get(next) == 77, "the gap at %" PRId64 " was written", next);
+      }
+      if (t < n) next += c.sizes[t];
+    }
+  }
+  for (int64_t t = 0; t < n; ++t) {
+    const size_t before = c.g_shift * stored.bytes;
+    const std::string now = grads[t].bytes();
+    const bool untouched = c.mode != Mode::kAccumulate || !acts;
+    check(untouched ? now == old_grads[t] : now.compare(0, before, old_grads[t], 0, before) == 0,
+          "memory of gradient %" PRId64 " was written that should not be", t);
+  }
+  return outputs;
+}
+
+constexpr Mode kModes[] = {Mode::kValue, Mode::kWrite, Mode::kAccumulate};
+
+// Sizes at which something ends: a vector of 2, 4 or 8, what a block takes in a turn, kBlock, a chunk.
+std::vector<int64_t> boundaries() {
+  std::vector<int64_t> sizes = {0, 1, 3, 2 * kChunk + 5};
+  for (const int64_t edge : {int64_t{2}, int64_t{4}, int64_t{8}, int64_t{kThreads} * 4, ewc::kBlock,
+                             int64_t{kThreads} * 16, kChunk}) {
+    for (const int64_t size : {edge - 1, edge, edge + 1}) sizes.push_back(size);
+  }
+  return sizes;
+}
+
+void test_boundaries(const std::function<uint64_t()>& seed) {
+  for (const Mode mode : kModes) {
+    for (const Dtype dtype : {kF32, kB16, kF64}) {
+      Case c;
+      c.mode = mode;
+      c.p = c.g = c.a = c.f = dtype;
+      c.sizes = boundaries();
+      run(c, seed(), dtype == kF32 ? 3 : 1);  // 5, 1 and 2 multiprocessors
+    }
+  }
+}
+
+void test_dtypes(const std::function<uint64_t()>& seed) {
+  std::vector<std::vector<Dtype>> combinations = {{kF64, kF64, kF64, kF64}};
+  for (const Dtype p : {kF32, kB16, kF16}) {
+    for (const Dtype a : {kF32, kB16}) {
+      for (const Dtype f : {kF32, kB16}) combinations.push_back({p, p, a, f});
+    }
+  }
+  const std::vector<std::vector<Dtype>> generic = {{kF32, kB16, kF32, kF32}, {kB16, kF32, kB16, kF64},
+                                                   {kF16, kB16, kF64, kB16}, {kF64, kF16, kF32, kB16},
+                                                   {kF64, kF64, kB16, kF64}, {kF16, kF64, kF32, kF32},
+                                                   {kB16, kF16, kF32, kB16}, {kF64, kB16, kF64, kF32}};
+  combinations.insert(combinations.end(), generic.begin(), generic.end());
+  for (const auto& dtypes : combinations) {
+    for (const Mode mode : kModes) {
+      for (const bool exact : {true, false}) {
+        Case c;
+        c.mode = mode;
+        c.p = dtypes[0];
+        c.g = dtypes[1];
+        c.a = dtypes[2];
+        c.f = dtypes[3];
+        if (mode == Mode::kValue) c.g = c.p;
+        c.exact = exact;
+        c.sizes = {5, 4099};
+        c.delta = exact ? 0.5 : 0.03;
+        run(c, seed(), 1);
+        c.p_shift = 1;  // element by element
+        if (exact) run(c, seed(), 1);
+      }
+    }
+  }
+}
+
+void test_alignment(const std::function<uint64_t()>& seed) {
+  for (const Mode mode : kModes) {
+    for (const Dtype dtype : {kF32, kB16}) {
+      Case c;
+      c.mode = mode;
+      c.p = c.g = dtype;
+      c.exact = false;
+      c.sizes = {1, 1023, 5000, kChunk + 9};
+      const uint64_t of_case = seed();
+      const Outputs aligned = run(c, of_case, 1);
+      for (const int shifts : {1, 2, 3, 4, 7}) {
+        c.p_shift = shifts & 1;
+        c.g_shift = shifts >> 1 & 1;
+        c.state_shift = shifts >> 2 & 1;
+        const Outputs shifted = run(c, of_case, 1);
+        check(shifted.by_tensor == aligned.by_tensor, "the sums depend on alignment");
+      }
+    }
+  }
+}
+
+void test_many_tensors(const std::function<uint64_t()>& seed) {
+  const int64_t full = kTensorsPerLaunch;
+  for (const int64_t n : {full - 1, full, full + 1, 2 * full + 1}) {
+    Case c;
+    c.mode = kModes[n % 3];
+    c.sizes.clear();
+    for (int64_t t = 0; t < n; ++t) c.sizes.push_back(t % 7 == 3 ? 0 : 1 + t % 11);
+    c.sizes[n / 2] = kChunk + 1;
+    c.sizes[n - 1] = 9;
+    c.static_counter = n == full + 1;
+    run(c, seed(), n == full + 1 ? 2 : 1);
+  }
+  Case c;
+  c.sizes.assign(full, 2);
+  c.sizes.resize(full + 3, 0);  // a last launch of empty tensors
+  run(c, seed(), 1);
+}
+
+void test_empty_tensors(const std::function<uint64_t()>& seed) {
+  const std::vector<std::vector<int64_t>> lists = {
+      {}, {0}, {0, 0, 0}, {0, 0, 40}, {40, 0, 0, 50}, {40, 50, 0, 0}, {0, 40, 0, kChunk, 0}};
+  for (const auto& sizes : lists) {
+    for (const Mode mode : kModes) {
+      Case c;
+      c.mode = mode;
+      c.sizes = sizes;
+      run(c, seed());
+    }
+  }
+}
+
+void test_arguments(const std::function<uint64_t()>& seed) {
+  for (const Mode mode : kModes) {
+    Case c;
+    c.mode = mode;
+    c.sizes = {3000, 0, 17};
+    c.static_counter = true;
+    run(c, seed());
+    c.per_tensor = false;
+    c.fp64_scalars = false;
+    run(c, seed());
+    c.exact = false;
+    c.delta = 0;
+    c.ewc_lambda = 37.5;
+    run(c, seed());
+    c.per_tensor = true;
+    run(c, seed());
+    if (mode == Mode::kValue) continue;
+    c.grad_scale = 1024;
+    c.maximize = mode == Mode::kAccumulate;
+    c.found_inf = 0;
+    run(c, seed());
+    c.exact = true;
+    c.ewc_lambda = 2;
+    c.delta = 0.5;
+    c.grad_scale = 4;
+    run(c, seed());
+  }
+}
+
+// Lambda 0 or an overflow: accumulate leaves gradients alone, write clears them, even where the parameter is NaN.
+void test_inactive(const std::function<uint64_t()>& seed) {
+  for (const Mode mode : kModes) {
+    for (const int found_inf : {0, 1}) {
+      if (mode == Mode::kValue && found_inf == 1) continue;  // it has no such argument
+      for (const Dtype g : {kF32, kB16}) {
+        Case c;
+        c.mode = mode;
+        c.g = mode == Mode::kValue ? c.p : g;
+        c.sizes = {20, kChunk + 2};
+        c.ewc_lambda = found_inf == 1 ? 2 : 0;
+        c.found_inf = mode == Mode::kValue ? -1 : found_inf;
+        c.g_shift = g == kB16;
+        run(c, seed());
+        c.nan_tensor = 1;
+        c.nan_element = 7;
+        run(c, seed(), 1);
+        c.null_gradients = mode == Mode::kAccumulate;
+        run(c, seed(), 1);
+      }
+    }
+  }
+}
+
+void test_nan(const std::function<uint64_t()>& seed) {
+  for (const Mode mode : kModes) {
+    for (const Dtype p : {kF32, kF16, kB16}) {
+      for (const int64_t tensor : {0, 1, 2}) {
+        Case c;
+        c.mode = mode;
+        c.p = c.g = p;
+        c.sizes = {9, kChunk + 3, 2050};
+        c.nan_tensor = tensor;
+        for (const int64_t element : {int64_t{0}, c.sizes[tensor] / 2, c.sizes[tensor] - 1}) {
+          c.nan_element = element;
+          run(c, seed(), 1);
+        }
+      }
+    }
+  }
+}
+
+// ---- scale_ ----
+
+void test_scale(const std::function<uint64_t()>& seed) {
+  for (const Dtype dtype : {kF64, kF32, kB16, kF16}) {
+    for (const int64_t size : boundaries()) {
+      for (const int64_t shift : {0, 1}) {
+        for (const double factor : {-2.5, 1.0}) {
+          context = std::string("scale ") + format_of(dtype).name + " size " + std::to_string(size) + " shift " +
+                    std::to_string(shift) + " factor " + std::to_string(factor);
+          std::mt19937_64 random(seed());
+          Buffer buffer(dtype, size, shift), factor_buffer(shift == 0 ? kF64 : kF32, 1);
+          factor_buffer.set(0, factor);
+          std::vector<double> old;
+          for (int64_t i = 0; i < size; ++i) {
+            old.push_back(std::uniform_int_distribution<int>(-50, 50)(random));  // times 2.5: exact in bf16
+            buffer.set(i, old.back());
+          }
+          const std::string before = buffer.bytes();
+          emulation::device.random.seed(random());
+          ewc::launch_scale(buffer.data(), size, dtype, {factor_buffer.data(), shift == 0}, 1 + size % 3, nullptr);
+          for (int64_t i = 0; i < size; ++i) {
+            check(buffer.get(i) == factor * old[i], "[%" PRId64 "] is %g, expected %g", i, buffer.get(i),
+                  factor * old[i]);
+          }
+          const size_t head = shift * format_of(dtype).bytes;
+          check(buffer.bytes().compare(0, head, before, 0, head) == 0, "memory before the buffer was written");
+        }
+      }
+    }
+  }
+  context = "scale by 1";
+  const float one = 1;
+  check(ewc::launch_scale(nullptr, kChunk + 1, kF32, {&one, false}, 1, nullptr) == cudaSuccess, "it failed");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2) {
+    std::fprintf(stderr, "usage: %s SEED\n", argv[0]);
+    return 2;
+  }
+  std::mt19937_64 seeds(std::strtoull(argv[1], nullptr, 10));
+  const std::function<uint64_t()> seed = [&] { return seeds(); };
+  test_boundaries(seed);
+  test_dtypes(seed);
+  test_alignment(seed);
+  test_many_tensors(seed);
+  test_empty_tensors(seed);
+  test_arguments(seed);
+  test_inactive(seed);
+  test_nan(seed);
+  test_scale(seed);
+  std::printf("seed %s, %d tensors a launch: %" PRId64 " checks, %d failed\n", argv[1], kTensorsPerLaunch, checks,
+              failures);
+  return failures == 0 ? 0 : 1;
+}
