@@ -1,10 +1,12 @@
 """Fused CUDA/C++ Elastic Weight Consolidation (EWC) for PyTorch."""
 
+from importlib.metadata import version
+
 from ewc_fast.fisher import FisherDiagonal, FisherInfo, estimate_fisher
 from ewc_fast.functional import ewc_loss, ewc_penalty
 from ewc_fast.loss import EWCLoss
 from ewc_fast.training import train
 
-__version__ = "0.1.0"
+__version__ = version("ewc-fast")
 
 __all__ = ["EWCLoss", "FisherDiagonal", "FisherInfo", "estimate_fisher", "ewc_loss", "ewc_penalty", "train"]

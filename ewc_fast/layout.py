@@ -16,7 +16,7 @@ from ewc_fast.ops.memory import memory_strides
 ALIGNMENT = 64
 
 
-def _wrapper_prefix(module: nn.Module) -> str | None:
+def wrapper_prefix(module: nn.Module) -> str | None:
     """The name under which a wrapper holds the model it wraps, None for any other module."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return "module"
@@ -42,7 +42,7 @@ def own_name(model: nn.Module, name: str) -> str:
     module: nn.Module | None = model
     parts = []
     for part in name.split("."):
-        if module is None or part != _wrapper_prefix(module):
+        if module is None or part != wrapper_prefix(module):
             parts.append(part)
         module = module._modules.get(part) if module is not None else None
     return ".".join(parts)

@@ -5,6 +5,7 @@ Needs matplotlib: ``pip install "ewc_fast[demo]"``. No window system and no glob
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -101,8 +102,8 @@ def predicted_against_true(rises: Mapping[str, tuple[ArrayLike, ArrayLike]], cap
     if everything.size:
         limits = [everything.min() / 2, everything.max() * 2]
         axis.plot(limits, limits, color="0.5", linestyle="--", linewidth=1, label="predicted = true")
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
     axis.set_xlabel("predicted rise of the old tasks' loss (nats, summed)")
     axis.set_ylabel("true rise (nats, summed)")
     axis.legend(fontsize=8, frameon=False)
@@ -120,5 +121,6 @@ def _shade(index: int, count: int) -> tuple[float, float, float]:
 
 def _with_caption(figure: Figure, caption: str) -> Figure:
     if caption:
-        figure.supxlabel(caption, fontsize=7.5, color="0.35")
+        columns = int(17 * figure.get_figwidth())
+        figure.supxlabel(textwrap.fill(caption, columns), fontsize=7.5, color="0.35")
     return figure

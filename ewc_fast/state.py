@@ -206,8 +206,8 @@ class EWCState:
             anchor: The weights at the end of the new task, likewise.
 
         Raises:
-            ValueError: A shape does not fit or changed by more than added rows, a Fisher entry is negative, NaN or infinite, or an anchor is not finite.
-                Nothing has been written then.
+            ValueError: A shape does not fit or changed by more than added rows, a Fisher entry is negative, NaN or
+                infinite, or an anchor is not finite. Nothing has been written then.
         """
         known = {s.name: s.shape for g in self.groups for s in g.group.slots}
         for name, p in params.items():
@@ -236,9 +236,9 @@ class EWCState:
             fb, tb = new_fisher.to(f.device, torch.float64), new_anchor.to(f.device, torch.float64)
             total = fa + fb
             share = torch.where(total > 0, fb / total, torch.ones_like(total))  # of the newer task
+            g.constant[i] += (fa * share * (ta - tb).square()).sum()  # first: fp64 state is fa and ta themselves
             f.copy_(total)
             a.copy_(torch.lerp(ta, tb, share))  # exactly tb where share is 1
-            g.constant[i] += (fa * share * (ta - tb).square()).sum()
 
     # ---- as plain data ----
 

@@ -34,7 +34,10 @@ def save_state(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     metadata = {"kind": _KIND, "state": json.dumps(plain)}
     temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask grants; safetensors may grant less
         save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(mode)
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(temporary, target)

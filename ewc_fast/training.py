@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .fisher.modes import module_mode
+from ewc_fast.fisher.modes import module_mode
 
 
 class EpochResult(NamedTuple):

@@ -14,14 +14,6 @@ from ewc_fast import EWCLoss
 from ewc_fast.training import EpochResult, train
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    """Fresh random inputs each run; a failing test shows the seed."""
-    seed = torch.seed() % 2**31
-    torch.manual_seed(seed)
-    print(f"seed {seed}")
-
-
 def make_model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 

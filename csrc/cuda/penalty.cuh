@@ -1,6 +1,8 @@
 // The penalty's kernel, its dtypes and its launcher; one .cu per mode instantiates it, so that they compile side by side.
 #pragma once
 
+#include <algorithm>
+
 #include "multi_tensor.cuh"
 
 namespace ewc {
@@ -24,11 +26,7 @@ constexpr int kBytesInFlight = 128;
 // How a kernel for these storage types moves: kVector elements, so that the narrowest takes 16 bytes, kUnroll times.
 template <Mode mode, typename M, typename P, typename G, typename A, typename F>
 struct Moves {
-  static constexpr int kNarrowest = [] {
-    size_t size = sizeof(P);
-    for (const size_t other : {sizeof(G), sizeof(A), sizeof(F)}) size = other < size ? other : size;
-    return static_cast<int>(size);
-  }();
+  static constexpr int kNarrowest = static_cast<int>(std::min({sizeof(P), sizeof(G), sizeof(A), sizeof(F)}));
   static constexpr int kVector = 16 / kNarrowest;
   static constexpr int kBytes =
       kVector * static_cast<int>(sizeof(P) + sizeof(A) + sizeof(F) + (mode == Mode::kAccumulate ? sizeof(G) : 0));

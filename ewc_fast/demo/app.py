@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from ewc_fast.demo import cost, environment, metrics, report
-from ewc_fast.demo.data import permuted_digits
+from ewc_fast.demo.data import PIXELS, permuted_digits
 from ewc_fast.demo.experiment import BATCH_SIZE, EPOCHS, FISHER_SAMPLES, Run, run
-from ewc_fast.demo.settings import BEST, METHODS, SCHEDULES, TITLES, Settings
+from ewc_fast.demo.settings import BEST, METHODS, TITLES, Settings
 
 LAMBDA_FACTORS = (0.03, 0.2, 5.0, 30.0)  # around the best, which runs anyway
 
@@ -32,10 +32,18 @@ class Job:
     seed: int
     num_tasks: int
     epochs: int
+    pixels: str
     follow_forgetting: bool
 
     def __call__(self) -> Run:
-        return run(self.settings, self.seed, self.num_tasks, self.epochs, follow_forgetting=self.follow_forgetting)
+        return run(
+            self.settings,
+            self.seed,
+            self.num_tasks,
+            self.epochs,
+            self.pixels,
+            follow_forgetting=self.follow_forgetting,
+        )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,11 +51,11 @@ def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     start = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
-    best = BEST[options.schedule]
+    best = BEST[options.pixels]
     print(_introduction(options, best))
 
     with _one_thread():
-        penalty_cost = cost.measure(best["ewc"], permuted_digits(1, seed=0)[0])
+        penalty_cost = cost.measure(best["ewc"], permuted_digits(1, 0, options.pixels)[0])
         runs = _run_all(_jobs(best, options), options.processes)
     by_method = {m: [r for r in runs if r.settings == best[m]] for m in METHODS}
     lambda_runs = [r for r in runs if r.settings.method != "plain" and r.seed == 0]
@@ -66,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
         },
         "num_tasks": options.tasks,
         "epochs": options.epochs,
+        "pixels": options.pixels,
         "batch_size": BATCH_SIZE,
         "fisher_samples": FISHER_SAMPLES,
         "seeds": list(range(options.seeds)),
@@ -95,9 +104,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", type=_at_least(2), default=5, help="how many tasks (default 5)")
     parser.add_argument("--seeds", type=_at_least(1), default=3, help="runs of each method (default 3)")
     parser.add_argument("--epochs", type=_at_least(1), default=EPOCHS, help=f"epochs per task (default {EPOCHS})")
-    parser.add_argument(
-        "--schedule", choices=list(SCHEDULES), default="constant", help="of the learning rate over a task"
-    )
+    parser.add_argument("--pixels", choices=PIXELS, default=PIXELS[0], help=f"their scale (default {PIXELS[0]})")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default demo)")
     parser.add_argument("--processes", type=_at_least(1), default=cores, help=f"runs at a time (default {cores})")
     return parser.parse_args(argv)
@@ -126,18 +133,15 @@ def _introduction(options: argparse.Namespace, best: Mapping[str, Settings]) -> 
 
 def _jobs(best: Mapping[str, Settings], options: argparse.Namespace) -> list[Job]:
     """The runs to do, the longest first."""
-    methods, seeds = reversed(METHODS), range(options.seeds)
-    jobs = [Job(best[method], seed, options.tasks, options.epochs, True) for method in methods for seed in seeds]
-    return jobs + [
-        Job(
-            dataclasses.replace(best[m], ewc_lambda=factor * best[m].ewc_lambda),
-            0,
-            options.tasks,
-            options.epochs,
-            False,
-        )
-        for m in ("ewc", "l2sp")
+    with_seeds = [(best[method], seed, True) for method in reversed(METHODS) for seed in range(options.seeds)]
+    over_lambda = [
+        (dataclasses.replace(best[method], ewc_lambda=factor * best[method].ewc_lambda), 0, False)
+        for method in ("ewc", "l2sp")
         for factor in LAMBDA_FACTORS
+    ]
+    return [
+        Job(settings, seed, options.tasks, options.epochs, options.pixels, follow_forgetting)
+        for settings, seed, follow_forgetting in with_seeds + over_lambda
     ]
 
 

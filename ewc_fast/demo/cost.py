@@ -18,7 +18,7 @@ NATIVE_OP = "ewc_fast::penalty_accumulate_"
 
 
 def measure(settings: Settings, task: Task, num_steps: int = 200) -> dict[str, Any]:
-    """Times training steps of the demo's network without a penalty, with ours, and with one in plain PyTorch (without damping).
+    """Times training steps of the demo's network without a penalty, with ours, and with one in plain PyTorch.
 
     Args:
         settings: EWC's.
@@ -63,7 +63,7 @@ def _step(settings: Settings, task: Task, penalty: str) -> Callable[[], None]:
     def step() -> None:
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(inputs), labels)
-        if penalty == "eager":  # as it is mostly written
+        if penalty == "eager":  # as it is mostly written, without damping
             loss = loss + settings.ewc_lambda / 2 * sum((f * (p - a) ** 2).sum() for p, f, a in terms)
         loss.backward()
         optimizer.step()

@@ -77,7 +77,13 @@ def consolidate(ewc: EWCLoss, method: str, task: Task) -> None:
 
 
 def run(
-    settings: Settings, seed: int, num_tasks: int = 5, epochs: int = EPOCHS, *, follow_forgetting: bool = False
+    settings: Settings,
+    seed: int,
+    num_tasks: int = 5,
+    epochs: int = EPOCHS,
+    pixels: str = "unit",
+    *,
+    follow_forgetting: bool = False,
 ) -> Run:
     """Learns ``num_tasks`` tasks, one after the other.
 
@@ -86,10 +92,11 @@ def run(
         seed: Of the network, the permutations and the order of the samples. Equal seeds give equal numbers.
         num_tasks: How many tasks, at least 2.
         epochs: Per task.
+        pixels: Their scale; see :func:`~ewc_fast.demo.data.permuted_digits`.
         follow_forgetting: Record ``accuracy_by_epoch``, ``predicted_rise`` and ``true_rise`` as well.
     """
     start = time.perf_counter()
-    tasks = permuted_digits(num_tasks, seed)
+    tasks = permuted_digits(num_tasks, seed, pixels)
     model = make_model(seed)
     ewc = make_penalty(model, settings)
     order = torch.Generator().manual_seed(seed)
@@ -114,7 +121,7 @@ def run(
                     ewc()
                 result.predicted_rise.append(ewc.predicted_forgetting.item())
                 losses = train_losses(model, tasks[:index])
-                result.true_rise.append(sum(now - then for now, then in zip(losses, old_losses, strict=True)))
+                result.true_rise.append(sum(now - then for now, then in zip(losses, old_losses[::-1], strict=True)))
         if handle is not None:
             handle.remove()
         result.accuracy.append(accuracies(model, tasks))

@@ -114,8 +114,8 @@ def draw(runs: Mapping[str, Sequence[Run]], lambda_runs: Sequence[Run], epochs: 
                 TITLES[method]: ([run.predicted_rise for run in runs[method]], [run.true_rise for run in runs[method]])
                 for method in ("plain", "ewc")
             },
-            "After each epoch from the second task on; the old tasks' training samples. The prediction reads far too low\n"
-            "on this overfitted net: it was trained until it was certain, and there its Fisher is nearly 0.",
+            "After each epoch from the second task on; the old tasks' training samples. The prediction reads far too "
+            "low on this overfitted net: it was trained until it was certain, and there its Fisher is nearly 0.",
         ),
     }
     for name, figure in figures.items():

@@ -1,6 +1,6 @@
 """Diagonals of the Fisher information: how much the loss depends on each weight."""
 
-from .diagonal import FisherDiagonal, FisherInfo
-from .estimate import estimate_fisher
+from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
+from ewc_fast.fisher.estimate import estimate_fisher
 
 __all__ = ["FisherDiagonal", "FisherInfo", "estimate_fisher"]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..layout import trainable_parameters
-from .classification import KINDS, NEEDS_LABELS, check_logits, choose_targets
-from .diagonal import FisherDiagonal, FisherInfo
-from .modes import module_mode
-from .squares import SquareSums
+from ewc_fast.fisher.classification import KINDS, NEEDS_LABELS, check_logits, choose_targets
+from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
+from ewc_fast.fisher.modes import module_mode
+from ewc_fast.fisher.squares import SquareSums
+from ewc_fast.layout import trainable_parameters
 
 LOSSES = ("cross_entropy",)
 

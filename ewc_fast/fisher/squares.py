@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
-from ..layout import _wrapper_prefix
-from .classification import Targets
+from ewc_fast.fisher.classification import Targets
+from ewc_fast.layout import wrapper_prefix
 
 # Per-sample gradients held at once. On the CPU they should stay in the cache between being written and being squared
 # (MLP of 85k weights, 32 MiB of L3: 4 to 64 MiB are within the noise of the best, 120 MiB are 1.5 times slower); a GPU
@@ -35,7 +35,7 @@ class SquareSums:
     """
 
     def __init__(self, model: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
-        while (prefix := _wrapper_prefix(model)) is not None:  # functional_call refuses some of them
+        while (prefix := wrapper_prefix(model)) is not None:  # functional_call refuses some of them
             model = model.get_submodule(prefix)
         self._model = model
         inner_names = {id(parameter): name for name, parameter in model.named_parameters()}

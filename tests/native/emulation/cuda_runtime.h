@@ -81,7 +81,11 @@ class Device {
     ++launches;
     gridDim = dim3(blocks);
     blockDim = dim3(threads);
-    while (fibers_.size() < threads) fibers_.push_back(std::make_unique<Fiber>(*this));
+    if (threads > capacity_) {
+      owner_.reset(new Fiber[threads]);
+      fibers_ = owner_.get();
+      capacity_ = threads;
+    }
     body_ = [](const void* b) { (*static_cast<const Body*>(b))(); };
     argument_ = &body;
     for (const unsigned block : shuffled(blocks)) {
@@ -95,25 +99,23 @@ class Device {
   // Two mailboxes in turn: a lane that is ahead writes into the one that nobody reads any more.
   double shuffle_down(double value, unsigned distance) {
     const unsigned thread = threadIdx.x, lane = thread % kLanes;
-    Fiber& fiber = *fibers_[thread];
+    Fiber& fiber = fibers_[thread];
     const unsigned box = fiber.shuffles++ % 2;
     fiber.mail[box] = value;
     wait(State::kShuffle);
-    return fibers_[lane + distance < kLanes ? thread + distance : thread]->mail[box];
+    return fibers_[lane + distance < kLanes ? thread + distance : thread].mail[box];
   }
 
  private:
   static constexpr size_t kStack = 64 * 1024;
 
   struct Fiber {
-    explicit Fiber(Device& device) : stack(new char[kStack]) {
+    Fiber() : stack(new char[kStack]) {
       getcontext(&context);
       context.uc_stack.ss_sp = stack.get();
       context.uc_stack.ss_size = kStack;
       context.uc_link = nullptr;
-      const auto self = reinterpret_cast<uintptr_t>(&device);
-      makecontext(&context, reinterpret_cast<void (*)()>(enter), 2, static_cast<unsigned>(self >> 32),
-                  static_cast<unsigned>(self));
+      makecontext(&context, enter, 0);
     }
 
     std::unique_ptr<char[]> stack;
@@ -127,14 +129,7 @@ class Device {
   };
 
   // A fiber never ends: it takes one thread after the other, of one block after the other.
-  static void enter(unsigned high, unsigned low) {
-    Device& device = *reinterpret_cast<Device*>(static_cast<uintptr_t>(high) << 32 | low);
-    finish_switch(nullptr, &device.scheduler_stack_, &device.scheduler_size_);
-    for (;;) {
-      device.body_(device.argument_);
-      device.wait(State::kDone);
-    }
-  }
+  static void enter();
 
   std::vector<unsigned> shuffled(unsigned n) {
     std::vector<unsigned> order(n);
@@ -144,13 +139,13 @@ class Device {
   }
 
   void run_block(unsigned threads) {
-    for (unsigned t = 0; t < threads; ++t) fibers_[t]->state = State::kRunnable;
+    for (unsigned t = 0; t < threads; ++t) fibers_[t].state = State::kRunnable;
     for (;;) {
       for (const unsigned warp : shuffled(threads / kLanes)) run_warp(warp * kLanes);
       bool all_done = true;
       for (unsigned t = 0; t < threads; ++t) {
-        if (fibers_[t]->state == State::kBarrier) {
-          fibers_[t]->state = State::kRunnable;
+        if (fibers_[t].state == State::kBarrier) {
+          fibers_[t].state = State::kRunnable;
           all_done = false;
         }
       }
@@ -162,17 +157,17 @@ class Device {
     for (;;) {
       unsigned shuffling = 0;
       for (unsigned t = first; t < first + kLanes; ++t) {
-        if (fibers_[t]->state == State::kRunnable) resume(t);
-        shuffling += fibers_[t]->state == State::kShuffle;
+        if (fibers_[t].state == State::kRunnable) resume(t);
+        if (fibers_[t].state == State::kShuffle) ++shuffling;
       }
       if (shuffling == 0) return;  // at a barrier or done
       require(shuffling == kLanes, "a shuffle of the whole warp lacks lanes");
-      for (unsigned t = first; t < first + kLanes; ++t) fibers_[t]->state = State::kRunnable;
+      for (unsigned t = first; t < first + kLanes; ++t) fibers_[t].state = State::kRunnable;
     }
   }
 
   void resume(unsigned thread) {
-    Fiber& fiber = *fibers_[thread];
+    Fiber& fiber = fibers_[thread];
     threadIdx = dim3(thread);
     if (sigsetjmp(left_at_, 0) == 0) {
       start_switch(&shadow_, fiber.stack.get(), kStack);
@@ -184,7 +179,7 @@ class Device {
   }
 
   void wait(State state) {
-    Fiber& fiber = *fibers_[threadIdx.x];
+    Fiber& fiber = fibers_[threadIdx.x];
     fiber.state = state;
     if (sigsetjmp(fiber.left_at, 0) == 0) {
       start_switch(&fiber.shadow, scheduler_stack_, scheduler_size_);
@@ -205,7 +200,9 @@ class Device {
   static void finish_switch(void*, const void**, size_t*) {}
 #endif
 
-  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::unique_ptr<Fiber[]> owner_;
+  Fiber* fibers_ = nullptr;
+  unsigned capacity_ = 0;
   sigjmp_buf left_at_;
   void* shadow_ = nullptr;
   const void* scheduler_stack_ = nullptr;
@@ -215,6 +212,14 @@ class Device {
 };
 
 inline Device device;
+
+inline void Device::enter() {
+  finish_switch(nullptr, &device.scheduler_stack_, &device.scheduler_size_);
+  for (;;) {
+    device.body_(device.argument_);
+    device.wait(State::kDone);
+  }
+}
 
 template <typename T>
 T load_word(const T* from) {

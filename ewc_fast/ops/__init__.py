@@ -1,0 +1,1 @@
+"""The ops: tensors in, tensors out. Nothing here knows models or names."""
