@@ -36,10 +36,13 @@ def make_task(params: ByName, dtype: torch.dtype | None = None) -> Task:
     """A third of the Fisher is zero; entries span six orders of magnitude."""
 
     def fisher(p: Tensor) -> Tensor:
-        return (10.0 ** (-6 * torch.rand(p.shape)) * (torch.rand(p.shape) > 1 / 3)).to(dtype or p.dtype)
+        return (10.0 ** (-6 * torch.rand(p.shape, dtype=torch.float64)) * (torch.rand(p.shape) > 1 / 3)).to(
+            dtype or p.dtype
+        )
 
     return Task(
-        {n: fisher(p) for n, p in params.items()}, {n: torch.randn(p.shape).to(p.dtype) for n, p in params.items()}
+        {n: fisher(p) for n, p in params.items()},
+        {n: torch.randn(p.shape, dtype=torch.float64).to(p.dtype) for n, p in params.items()},
     )
 
 

@@ -66,8 +66,8 @@ EWC_DEVICE void with_type(Dtype dtype, Fn fn) {
 // stay in the L2 cache as far as they fit.
 enum class Cache { kKeep, kStream };
 
-// One operand of a chunk, kVector elements at a time: kAligned in 16-byte words (kernels for Any: up to 16), else element
-// by element. Either way a thread gets the same elements, so that sums do not depend on alignment.
+// One operand of a chunk, kVector elements at a time: kAligned in 16-byte words (for Any: in up to 16 bytes), else
+// element by element. Either way a thread gets the same elements, so that sums do not depend on alignment.
 template <typename S, typename M, int kVector, Cache cache>
 class Stream {
  public:
@@ -75,9 +75,8 @@ class Stream {
     S at[kVector];
   };
 
-  // An integer sum: a pass that touches no gradient may have a null tensor here.
   EWC_DEVICE Stream(const void* tensor, int64_t start, Dtype)
-      : data_(reinterpret_cast<S*>(reinterpret_cast<uintptr_t>(tensor) + start * sizeof(S))) {}
+      : data_(static_cast<S*>(const_cast<void*>(tensor)) + start) {}
 
   EWC_DEVICE bool aligned() const { return reinterpret_cast<uintptr_t>(data_) % 16 == 0; }
 
@@ -87,7 +86,7 @@ class Stream {
       const Word* from = reinterpret_cast<const Word*>(data_ + i);
 #pragma unroll
       for (int k = 0; k < kWords; ++k) {
-        const Word word = cache == Cache::kStream ? __ldcs(from + k) : __ldca(from + k);
+        const Word word = cache == Cache::kStream ? __ldcs(from + k) : from[k];
         memcpy(reinterpret_cast<char*>(raw.at) + k * sizeof(Word), &word, sizeof(Word));
       }
     } else {  // other loads take the neighbours in the cache line: it has to stay
@@ -112,7 +111,7 @@ class Stream {
       for (int k = 0; k < kWords; ++k) {
         Word word;
         memcpy(&word, reinterpret_cast<const char*>(raw.at) + k * sizeof(Word), sizeof(Word));
-        __stwb(to + k, word);
+        __stwb(to + k, word);  // an assignment may become stores of 4 bytes
       }
     } else {
 #pragma unroll
@@ -222,8 +221,8 @@ EWC_DEVICE double2 block_sum(double2 mine) {
   return mine;
 }
 
-// Whether this block is the launch's last to come here; it then sees what thread 0 of every other one has written, if it
-// reads past its L1 cache. The counter wraps to 0 by itself.
+// Whether this block is the launch's last to come here; it then sees what thread 0 of every other one has written, if
+// it reads past its L1 cache. The counter wraps to 0 by itself.
 EWC_DEVICE bool is_last_block(unsigned* counter) {
   __shared__ bool last;
   if (threadIdx.x == 0) {

@@ -96,6 +96,9 @@ EWC_DEVICE void penalty_chunk(const P& p, const G& g, const A& a, const F& f, in
   }
 }
 
+// Requested at once by a lane: one after the other, the slots of a large tensor would cost a memory latency each.
+constexpr int kSlotsInFlight = 4;
+
 // Rows of by_tensor from the slots, a warp for each tensor; after the last launch the totals. All in fixed order.
 template <typename M>
 EWC_DEVICE void finish(const PenaltyArguments& arguments, double ewc_lambda, double delta) {
@@ -105,13 +108,21 @@ EWC_DEVICE void finish(const PenaltyArguments& arguments, double ewc_lambda, dou
   double* forgetting = launch.by_tensor + launch.num_tensors;
   for (int t = warp; t < table.size; t += kWarps) {
     const uint32_t begin = table.first[t], end = t + 1 < table.size ? table.first[t + 1] : table.chunks;
+    const int64_t row = first_row + t;
+    const double constant = read(launch.constant, row, 0.0), scale = read(launch.scale, row, 1.0);
     double2 mine = make_double2(0, 0);
-#pragma unroll 4
-    for (uint32_t slot = begin + lane; slot < end; slot += kWarp) mine = sum(mine, __ldcg(&launch.slots[slot]));
+    for (uint32_t slot = begin + lane; slot < end; slot += kSlotsInFlight * kWarp) {
+      double2 parts[kSlotsInFlight];
+#pragma unroll
+      for (int k = 0; k < kSlotsInFlight; ++k) {
+        parts[k] = make_double2(0, 0);
+        if (slot + k * kWarp < end) parts[k] = __ldcg(&launch.slots[slot + k * kWarp]);
+      }
+#pragma unroll
+      for (int k = 0; k < kSlotsInFlight; ++k) mine = sum(mine, parts[k]);
+    }
     mine = warp_sum(mine);
     if (lane == 0) {
-      const int64_t row = first_row + t;
-      const double constant = read(launch.constant, row, 0.0), scale = read(launch.scale, row, 1.0);
       values[row] = penalty_value(ewc_lambda, delta, scale, mine.x, constant, mine.y);
       forgetting[row] = predicted_forgetting(mine.x, constant);
     }
@@ -152,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, Moves<mode, M, P, G, A, F>::kBlocks)
     const M factor = static_cast<M>(gradient_factor(ewc_lambda, scale, loss_scale, launch.maximize));
 
     const Stream<P, M, kVector, Cache::kKeep> p(table.data[0][t], start, launch.param_dtype);
-    const Stream<G, M, kVector, Cache::kKeep> g(table.data[1][t], start, launch.grad_dtype);
+    const Stream<G, M, kVector, Cache::kKeep> g(table.data[mode == Mode::kValue ? 0 : 1][t], start, launch.grad_dtype);
     const Stream<A, M, kVector, Cache::kStream> a(launch.anchor, at, launch.anchor_dtype);
     const Stream<F, M, kVector, Cache::kStream> f(launch.fisher, at, launch.fisher_dtype);
     M weighted = 0, squared = 0;

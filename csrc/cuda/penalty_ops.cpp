@@ -37,8 +37,8 @@ int multiprocessors(at::Device device) {
 }
 
 // A stream's launches come one after the other and can share a counter that stays zero between them. A graph may be
-// replayed beside anything, and so has one in its own scratch, set to zero by a node of the graph; so do the launches of
-// streams beyond the static counters.
+// replayed beside anything, and so has one in its own scratch, set to zero by a node of the graph; so do the launches
+// of streams beyond the static counters.
 Counter counter_for(const c10::cuda::CUDAStream& stream, void* scratch) {
   cudaStreamCaptureStatus capture{};
   C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));

@@ -121,7 +121,7 @@ def run(
                     ewc()
                 result.predicted_rise.append(ewc.predicted_forgetting.item())
                 losses = train_losses(model, tasks[:index])
-                result.true_rise.append(sum(now - then for now, then in zip(losses, old_losses[::-1], strict=True)))
+                result.true_rise.append(sum(now - then for now, then in zip(losses, old_losses, strict=True)))
         if handle is not None:
             handle.remove()
         result.accuracy.append(accuracies(model, tasks))

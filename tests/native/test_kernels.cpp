@@ -119,7 +119,8 @@ void encode(Dtype dtype, double x, void* to) {
   }
 }
 
-// Elements that end where the allocation does, for AddressSanitizer, and start `shift` elements after a 64-byte boundary.
+// Elements that end where the allocation does, for AddressSanitizer, and start `shift` elements after a 64-byte
+// boundary.
 class Buffer {
  public:
   Buffer(Dtype dtype, int64_t numel, int64_t shift = 0) : dtype_(dtype), shift_(shift) {
@@ -338,7 +339,8 @@ Outputs run(const Case& c, uint64_t seed, int repeats = 2) {
       weighted_bound += information * (2 * std::abs(d) + d_bound) * d_bound;
       squared_bound += (2 * std::abs(d) + d_bound) * d_bound;
       if (c.mode == Mode::kValue || c.null_gradients) continue;
-      const double task = c.mode == Mode::kWrite ? 0 : decode(c.g, old_grads[t].data() + (c.g_shift + i) * stored.bytes);
+      const char* old_task = old_grads[t].data() + (c.g_shift + i) * stored.bytes;
+      const double task = c.mode == Mode::kWrite ? 0 : decode(c.g, old_task);
       const double term = acts ? factor * (information + damping) * d : 0, expected = task + term;
       const double got = c.mode == Mode::kWrite ? flat.get(offsets[t] + i) : grads[t].get(i);
       double bound = 0;
@@ -559,6 +561,7 @@ void test_inactive(const std::function<uint64_t()>& seed) {
         c.nan_element = 7;
         run(c, seed(), 1);
         c.null_gradients = mode == Mode::kAccumulate;
+        c.sizes = {20, 3000};
         run(c, seed(), 1);
       }
     }

@@ -20,7 +20,17 @@ pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ 
 
 def compile_cpp(source: Path, program: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     include = [f"-I{path}" for path in (HERE / "emulation", CSRC, CSRC / "cuda")]
-    command = [COMPILER, "-std=c++17", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *include, *flags]
+    command = [
+        COMPILER,
+        "-std=c++17",
+        "-g1",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        "-fno-strict-aliasing",
+        *include,
+        *flags,
+    ]
     return subprocess.run([*command, str(source), "-o", str(program)], capture_output=True, text=True)
 
 

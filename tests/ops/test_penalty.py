@@ -295,12 +295,14 @@ def test_nan_and_infinity_are_not_hidden(backend: str, dtype: torch.dtype, bad: 
 
 
 @pytest.mark.parametrize("mode", ["penalty", "penalty_grad", "penalty_accumulate_"])
-def test_a_long_fp32_sum_is_exact_to_8_digits(backend: str, mode: str) -> None:
+def test_a_long_fp32_sum_is_rounded_in_blocks_only(backend: str, mode: str) -> None:
     """4.3 million elements; a serial fp32 sum is off by 1e-2, one in fp32 lanes by 1e-5.
 
-    Tolerance: of 512 additions in one of four fp32 lanes (the narrowest there are) each is off by 2^-24 / sqrt(3) of
-    about half the sum, so a lane by 3e-7. The 8,400 lanes of all blocks err independently: 3.4e-9, six times over.
+    Tolerance of the kernels: of the 2048 additions of a block each is off by 2^-24 / 3 of about half the block's sum,
+    so a block that is summed in one lane (as without optimisation) by 6e-7. The 2,100 blocks err independently: 1.4e-8,
+    six times over. In eight lanes it is 2e-9. The reference sums in fp64: what is left are its terms' roundings.
     """
+    tolerance = 1e-7 if backend == "native" else 1e-9
     params = random_params((4_194_304, 100_003))
     anchor = [p + 0.1 * torch.randn(p.shape) for p in params]
     fisher = [torch.rand(p.shape) for p in params]
@@ -316,8 +318,8 @@ def test_a_long_fp32_sum_is_exact_to_8_digits(backend: str, mode: str) -> None:
         result = ops.penalty_grad(params, torch.empty_like(q.anchor), q, backend=backend)
     else:
         result = ops.penalty_accumulate_(params, [torch.zeros_like(p) for p in params], q, backend=backend)
-    assert float(result.by_tensor[0].sum()) == pytest.approx(sum(exactly), rel=2e-8)
-    assert float(result.predicted) == pytest.approx(sum(exactly), rel=2 * ex.ROUNDOFF[torch.float32])
+    assert float(result.by_tensor[0].sum()) == pytest.approx(sum(exactly), rel=tolerance)
+    assert float(result.predicted) == pytest.approx(sum(exactly), rel=tolerance + ex.ROUNDOFF[torch.float32])
 
 
 @contextmanager
@@ -419,9 +421,10 @@ def test_scale(backend: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(buffer, expected.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.native
 def test_scale_by_1_writes_nothing() -> None:
     buffer = torch.zeros(4, dtype=torch.float32)
     ex.bits(buffer)[1] = 0x7FA00000  # a signalling NaN, which any arithmetic would quieten
     before = buffer.clone()
-    ops.scale_(buffer, torch.tensor(1.0))
+    ops.scale_(buffer, torch.tensor(1.0), backend="native")
     ex.assert_same_bits([buffer], [before])

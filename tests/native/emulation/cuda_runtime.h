@@ -251,10 +251,6 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
 }
 
 template <typename T>
-T __ldca(const T* from) {
-  return emulation::load_word(from);
-}
-template <typename T>
 T __ldcs(const T* from) {
   return emulation::load_word(from);
 }
