@@ -193,6 +193,9 @@ def build_parameters(environ: Mapping[str, str], tools: Toolchain | None, root: 
             architectures = choose_architectures(tools.gpus or DEFAULT_ARCHITECTURES, tools.nvcc_architectures)
             arch_list = ";".join(f"{major}.{minor}" for major, minor in architectures) + "+PTX"
             nvcc_flags += gencode(architectures)
+        if re.search(r"(?<![\d.])[56]\.\d", arch_list):  # kernel parameters of 32 KB need compute capability 7.0
+            cxx_flags.append("-DEWC_FAST_SMALL_TABLE")
+            nvcc_flags.append("-DEWC_FAST_SMALL_TABLE")
         cxx_flags += [f"-DEWC_FAST_CUDA={tools.nvcc}", f"-DEWC_FAST_CUDA_ARCHITECTURES={arch_list}"]
     return BuildParameters(
         kind="cpu" if problem else "cuda",

@@ -2,8 +2,8 @@
 
     python benchmarks/penalty.py [--out benchmarks/results/NAME.json] [--rounds 15] [--threads 2]
 
-All contenders run in one process, interleaved, each over the same tensors; gradients exist already, as they do after the
-task's backward. Medians over the rounds; the machine is described in the result. Before it is timed, every contender's
+All contenders run in one process, interleaved, each over the same tensors; gradients exist already, as they do after
+the task's backward. Medians over the rounds; the machine is described in the result. Before it is timed, every contender's
 gradient is compared with the formula in fp64.
 """
 
@@ -67,7 +67,7 @@ class Problem:
         """Number of parameters."""
         return sum(p.numel() for p in self.params)
 
-    # Each contender adds lambda F (theta - theta*) to the gradients. Bytes per fp32 parameter in brackets, read + written.
+    # Each contender adds lambda F (theta - theta*) to the gradients. In brackets: bytes read and written per parameter.
 
     def eager(self) -> Tensor:
         """As articles have it, and its backward [76 to 90]."""

@@ -15,12 +15,16 @@ namespace ewc {
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // penalty, predicted, by_tensor
 
+inline bool is_parameter_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
 inline void check_dtype(const at::Tensor& t, const char* name, bool fp16_allowed) {
   const auto dtype = t.scalar_type();
   TORCH_CHECK_VALUE(fp16_allowed || dtype != at::kHalf, name, " is float16, which zeroes small Fisher entries and ",
                     "overflows on large ones: use bfloat16, float32 or float64");
-  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name,
-                   " has dtype ", dtype, "; expected float64, float32, bfloat16", fp16_allowed ? " or float16" : "");
+  TORCH_CHECK_TYPE(is_parameter_dtype(dtype), name, " has dtype ", dtype, "; expected float64, float32, bfloat16",
+                   fp16_allowed ? " or float16" : "");
 }
 
 inline void check_state(const at::Tensor& t, const char* name, const at::Tensor& anchor) {
@@ -91,6 +95,10 @@ class Table {
         const at::Tensor& g = (*grads)[i];
         check_member(g, (*grads)[0], anchor, "grads", i);
         TORCH_CHECK_VALUE(g.sizes() == p.sizes(), "grads[", i, "] has shape ", g.sizes(), ", its parameter ", p.sizes());
+        for (int64_t d = 0; d < g.dim(); ++d) {
+          TORCH_CHECK_VALUE(g.size(d) < 2 || g.stride(d) != 0, "grads[", i, "] has strides ", g.strides(),
+                            ": elements share memory; clone() it first");
+        }
         laid_of_grad_.push_back(laid);
       }
     }
@@ -132,7 +140,8 @@ class Table {
   static void check_member(const at::Tensor& t, const at::Tensor& first, const at::Tensor& anchor, const char* list,
                            size_t i) {
     TORCH_CHECK_TYPE(t.layout() == at::kStrided, list, "[", i, "] is ", t.layout(), "; expected a dense tensor");
-    check_dtype(t, list, /*fp16_allowed=*/true);
+    TORCH_CHECK_TYPE(is_parameter_dtype(t.scalar_type()), list, "[", i, "] has dtype ", t.scalar_type(),
+                     "; expected float64, float32, bfloat16 or float16");
     TORCH_CHECK_TYPE(t.scalar_type() == first.scalar_type(), list, "[", i, "] has dtype ", t.scalar_type(), ", ", list,
                      "[0] ", first.scalar_type(), ": one call takes one dtype");
     TORCH_CHECK_VALUE(t.device() == anchor.device(), list, "[", i, "] is on ", t.device(), ", anchor on ",

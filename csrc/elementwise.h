@@ -162,7 +162,8 @@ EWC_HD double gradient_factor(double ewc_lambda, double scale, double loss_scale
 // One tensor's penalty from its sums. At lambda 0 nothing is penalised, whatever the sums are.
 EWC_HD double penalty_value(double ewc_lambda, double delta, double scale, double weighted, double constant,
                             double squared) {
-  return ewc_lambda == 0.0 ? 0.0 : 0.5 * ewc_lambda * scale * (weighted + constant + delta * squared);
+  const double isotropic = delta == 0.0 ? 0.0 : delta * squared;  // squared may have overflowed
+  return ewc_lambda == 0.0 ? 0.0 : 0.5 * ewc_lambda * scale * (weighted + constant + isotropic);
 }
 
 EWC_HD double predicted_forgetting(double weighted, double constant) { return 0.5 * (weighted + constant); }

@@ -30,7 +30,9 @@ def _lambda_tensor(ewc_lambda: float | Tensor, name: str, device: torch.device) 
     if isinstance(ewc_lambda, Tensor):
         if ewc_lambda.numel() != 1:
             raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(ewc_lambda.shape)}")
-        value = ewc_lambda.detach().reshape(())
+        if ewc_lambda.requires_grad:
+            raise ValueError(f"{name} requires grad, and the penalty gives it none: detach() it")
+        value = ewc_lambda.reshape(())
         if value.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would synchronise
             check_lambda(float(value), name)
         return value if value.dtype in (torch.float32, torch.float64) else value.float()

@@ -218,6 +218,11 @@ class EWCLoss:
             self._say_once("no parameter to protect requires grad: the penalty has no effect")
         return selected
 
+    def _frozen(self) -> dict[str, nn.Parameter]:
+        """Parameters that do not require grad now, by the model's own names; what is known of them is kept."""
+        named = ((own_name(self.model, name), p) for name, p in self.model.named_parameters())
+        return {name: p for name, p in named if not p.requires_grad}
+
     def consolidate(
         self,
         loader: Iterable[Any] | None = None,
@@ -257,6 +262,7 @@ class EWCLoss:
             params,
             self._by_own_name("fisher", fisher, params, others),
             {name: p.detach() for name, p in params.items()} if anchor is None else anchor,
+            self._frozen(),
         )
         self._state.info = None if info is None else info.to_dict()
         self._state_changed()
@@ -294,7 +300,8 @@ class EWCLoss:
         Raises:
             ValueError: It is no EWC state, of another mode or gamma, or of another model. The state is as it was then.
         """
-        self._state.load_state_dict(state, self._select())
+        self._selected = self._select()
+        self._state.load_state_dict(state, {**self._selected, **self._frozen()})
         self._state_changed()
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -191,7 +191,11 @@ class EWCState:
 
     @torch.no_grad()
     def consolidate(
-        self, params: Mapping[str, Tensor], fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
+        self,
+        params: Mapping[str, Tensor],
+        fisher: Mapping[str, Tensor],
+        anchor: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Folds a finished task in.
 
@@ -204,6 +208,8 @@ class EWCState:
             params: The parameters by name, as they are now: their shapes, devices and memory order.
             fisher: The new task's Fisher diagonal, for every name in ``params``.
             anchor: The weights at the end of the new task, likewise.
+            frozen: Parameters that the new task could not change: what is known of them stays. In ``latest`` mode,
+                which knows the newest task alone, they are dropped.
 
         Raises:
             ValueError: A shape does not fit or changed by more than added rows, a Fisher entry is negative, NaN or
@@ -215,12 +221,19 @@ class EWCState:
                 protected_part(name, p, known[name])
             _check_entry("Fisher", name, fisher[name], p, non_negative=True)
             _check_entry("anchor", name, anchor[name], p, non_negative=False)
+        laid = dict(params)
+        for name, p in (frozen or {}).items() if self.mode != "latest" else ():
+            if name in known:
+                laid[name] = protected_part(name, p, known[name])
         merging = self.mode == "separate" and self.num_tasks > 0
-        if merging or not self.matches(params):
-            self._relay(params, widen_anchor=merging)
+        if merging or not self.matches(laid):
+            self._relay(laid, widen_anchor=merging)
         for g in self.groups:
             for i, slot in enumerate(g.group.slots):
-                self._fold(g, i, slot, fisher[slot.name], anchor[slot.name])
+                if slot.name in params:
+                    self._fold(g, i, slot, fisher[slot.name], anchor[slot.name])
+                elif self.mode == "online":
+                    slot.view(g.fisher).mul_(self.gamma)
         self.num_tasks += 1
 
     def _fold(self, g: GroupState, i: int, slot: Slot, new_fisher: Tensor, new_anchor: Tensor) -> None:
@@ -261,7 +274,7 @@ class EWCState:
 
         Args:
             state: What :meth:`state_dict` returned.
-            params: The model's parameters by name, as they are now.
+            params: The parameters by name, as they are now, that the state may be about.
 
         Raises:
             ValueError: It is no such state, was made in another mode or with another gamma, or does not fit the model.
@@ -273,8 +286,8 @@ class EWCState:
         for name in fisher:
             if name not in params:
                 raise ValueError(
-                    f"the state protects {name!r}, which is no trainable parameter of this model: load it into the "
-                    f"model it was saved from (this model has {list(params)[:3]} ...)"
+                    f"the state protects {name!r}, which is not among the parameters to protect here "
+                    f"({', '.join(list(params)[:3])} ...): load it into the model it was saved from"
                 )
             for what, t in (("Fisher", fisher[name]), ("anchor", anchor[name])):
                 if not isinstance(t, Tensor) or t.dtype not in _STATE_DTYPES:

@@ -117,6 +117,13 @@ def test_lambda(ewc_lambda: float | Tensor) -> None:
     assert_formula(ewc_loss(model, fisher, anchor, ewc_lambda), params, formula(params, fisher, anchor, 2.0))
 
 
+def test_a_lambda_that_would_get_no_gradient_is_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    state = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="lambda_factor requires grad"):
+        ewc_loss(model, state, state, torch.tensor(1.0, requires_grad=True))
+
+
 def test_lambda_0_penalises_nothing() -> None:
     model = nn.Linear(3, 2)
     fisher, anchor = state_of(model)

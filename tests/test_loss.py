@@ -269,6 +269,33 @@ def test_online_and_latest(backend: str) -> None:
     assert latest().item() == pytest.approx(expected(model, [(second, anchor)], 2.0)[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["separate", "online", "latest"])
+def test_what_is_known_of_a_frozen_layer_stays(backend: str, mode: str) -> None:
+    model = make_model()
+    ewc = EWCLoss(model, 2.0, mode=mode, gamma=0.5 if mode == "online" else 1.0, backend=backend)
+    first, second = random_fisher(model), random_fisher(model)
+    ewc.consolidate(fisher=first)
+    anchor = weights(model)
+    model[0].requires_grad_(False)
+    with torch.no_grad():
+        model[3].weight.add_(0.1)
+    ewc.consolidate(fisher={n: f for n, f in second.items() if not n.startswith("0.")})
+    restored = EWCLoss(model, 2.0, mode=mode, gamma=ewc.gamma, backend=backend)
+    restored.load_state_dict(ewc.state_dict())
+    model[0].requires_grad_(True)
+    kept = {"separate": 1.0, "online": 0.5}.get(mode)
+    for loss in (ewc, restored):
+        assert ("0.weight" in loss.fisher) == (kept is not None)
+        if kept is not None:
+            assert torch.equal(loss.fisher["0.weight"], kept * first["0.weight"])
+            assert torch.equal(loss.anchor["0.weight"], anchor["0.weight"])
+            with torch.no_grad():
+                model[0].weight.copy_(anchor["0.weight"] + 1)
+            loss()
+            by_name = loss.penalty_by_parameter()["0.weight"].item()
+            assert by_name == pytest.approx(kept * first["0.weight"].sum().item(), rel=1e-5)
+
+
 def test_bf16_anchor_is_widened_once_tasks_merge(backend: str) -> None:
     model = make_model(torch.bfloat16)
     ewc = EWCLoss(model, 2.0, fisher_dtype=torch.float32, backend=backend)
@@ -599,7 +626,7 @@ def test_a_saved_state_is_the_same_state(backend: str, tmp_path) -> None:
         assert other.predicted_forgetting.item() == ewc.predicted_forgetting.item()
     with pytest.raises(ValueError, match="mode='separate'.*'online'"):
         EWCLoss(model, mode="online").load(tmp_path / "state.safetensors")
-    with pytest.raises(ValueError, match="protects '0.*', which is no trainable parameter"):
+    with pytest.raises(ValueError, match="protects '0.*', which is not among the parameters"):
         EWCLoss(nn.Linear(2, 2)).load(tmp_path / "state.safetensors")
 
 

@@ -126,6 +126,15 @@ def test_architectures_without_torch_cuda_arch_list(gpus, known, arch_list):
     assert generated == [*expected, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
 
 
+@pytest.mark.parametrize(
+    ("arch_list", "small"), [("6.1;9.0", True), ("5.0+PTX", True), ("7.0;8.6", False), ("9.0", False)]
+)
+def test_old_architectures_get_the_small_table(arch_list, small):
+    parameters = build.build_parameters({"TORCH_CUDA_ARCH_LIST": arch_list}, CUDA)
+    for flags in (parameters.cxx_flags, parameters.nvcc_flags):
+        assert ("-DEWC_FAST_SMALL_TABLE" in flags) is small
+
+
 def test_torch_cuda_arch_list_is_left_to_torch():
     parameters = build.build_parameters({"TORCH_CUDA_ARCH_LIST": "8.6;9.0a"}, CUDA)
     assert parameters.cuda_arch_list == "8.6;9.0a"

@@ -538,7 +538,7 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "tensors for a mapping": (lambda d: d.update(fisher=torch.zeros(3)), "name different parameters"),
     "unknown": (
         lambda d: [change(d, key, "gone", d[key]["scale"]) for key in ("fisher", "anchor", "constant")],
-        "protects 'gone', which is no trainable parameter",
+        "protects 'gone', which is not among the parameters",
     ),
     "shape": (
         lambda d: change(d, "fisher", "body.bias", torch.ones(8)),

@@ -243,6 +243,7 @@ EWC_CLONES void scale_block(void* data_, int64_t n, double factor_) {
 void scale_(at::Tensor buffer, const at::Tensor& factor_) {
   check_scale(buffer, factor_);
   const double factor = read(factor_);
+  bump_version(buffer);  // in any case, as on devices where only the kernel knows the factor
   if (factor == 1.0) return;
   void (*block)(void*, int64_t, double) = scale_block<float>;
   switch (buffer.scalar_type()) {
@@ -256,7 +257,6 @@ void scale_(at::Tensor buffer, const at::Tensor& factor_) {
   at::parallel_for(0, buffer.numel(), kChunk, [&](int64_t begin, int64_t end) {
     block(advance(data, begin * size), end - begin, factor);
   });
-  bump_version(buffer);
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ewc_fast.demo import cost, environment, metrics, report
-from ewc_fast.demo.data import PIXELS, permuted_digits
+from ewc_fast.demo.data import permuted_digits
 from ewc_fast.demo.experiment import BATCH_SIZE, EPOCHS, FISHER_SAMPLES, Run, run
 from ewc_fast.demo.settings import BEST, METHODS, TITLES, Settings
 
@@ -32,7 +32,6 @@ class Job:
     seed: int
     num_tasks: int
     epochs: int
-    pixels: str
     follow_forgetting: bool
 
     def __call__(self) -> Run:
@@ -41,7 +40,6 @@ class Job:
             self.seed,
             self.num_tasks,
             self.epochs,
-            self.pixels,
             follow_forgetting=self.follow_forgetting,
         )
 
@@ -51,11 +49,11 @@ def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     start = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
-    best = BEST[options.pixels]
+    best = BEST[options.schedule]
     print(_introduction(options, best))
 
     with _one_thread():
-        penalty_cost = cost.measure(best["ewc"], permuted_digits(1, 0, options.pixels)[0])
+        penalty_cost = cost.measure(best["ewc"], permuted_digits(1, seed=0)[0])
         runs = _run_all(_jobs(best, options), options.processes)
     by_method = {m: [r for r in runs if r.settings == best[m]] for m in METHODS}
     lambda_runs = [r for r in runs if r.settings.method != "plain" and r.seed == 0]
@@ -74,7 +72,6 @@ def main(argv: Sequence[str]) -> int:
         },
         "num_tasks": options.tasks,
         "epochs": options.epochs,
-        "pixels": options.pixels,
         "batch_size": BATCH_SIZE,
         "fisher_samples": FISHER_SAMPLES,
         "seeds": list(range(options.seeds)),
@@ -104,7 +101,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", type=_at_least(2), default=5, help="how many tasks (default 5)")
     parser.add_argument("--seeds", type=_at_least(1), default=3, help="runs of each method (default 3)")
     parser.add_argument("--epochs", type=_at_least(1), default=EPOCHS, help=f"epochs per task (default {EPOCHS})")
-    parser.add_argument("--pixels", choices=PIXELS, default=PIXELS[0], help=f"their scale (default {PIXELS[0]})")
+    parser.add_argument(
+        "--schedule", choices=list(BEST), default="constant", help="of the learning rate over a task (default constant)"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default demo)")
     parser.add_argument("--processes", type=_at_least(1), default=cores, help=f"runs at a time (default {cores})")
     return parser.parse_args(argv)
@@ -140,7 +139,7 @@ def _jobs(best: Mapping[str, Settings], options: argparse.Namespace) -> list[Job
         for factor in LAMBDA_FACTORS
     ]
     return [
-        Job(settings, seed, options.tasks, options.epochs, options.pixels, follow_forgetting)
+        Job(settings, seed, options.tasks, options.epochs, follow_forgetting)
         for settings, seed, follow_forgetting in with_seeds + over_lambda
     ]
 

@@ -81,7 +81,6 @@ def run(
     seed: int,
     num_tasks: int = 5,
     epochs: int = EPOCHS,
-    pixels: str = "unit",
     *,
     follow_forgetting: bool = False,
 ) -> Run:
@@ -92,11 +91,10 @@ def run(
         seed: Of the network, the permutations and the order of the samples. Equal seeds give equal numbers.
         num_tasks: How many tasks, at least 2.
         epochs: Per task.
-        pixels: Their scale; see :func:`~ewc_fast.demo.data.permuted_digits`.
         follow_forgetting: Record ``accuracy_by_epoch``, ``predicted_rise`` and ``true_rise`` as well.
     """
     start = time.perf_counter()
-    tasks = permuted_digits(num_tasks, seed, pixels)
+    tasks = permuted_digits(num_tasks, seed)
     model = make_model(seed)
     ewc = make_penalty(model, settings)
     order = torch.Generator().manual_seed(seed)

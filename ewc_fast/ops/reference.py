@@ -128,7 +128,8 @@ def _pass(
         weighted, squared = (fisher * d * d).sum(dtype=sums), (d * d).sum(dtype=sums)
         if q.constant is not None:
             weighted = weighted + q.constant[i]
-        value = 0.5 * ewc_lambda * (weighted + delta.to(sums) * squared)
+        isotropic = torch.where(delta == 0, torch.zeros_like(squared), delta.to(sums) * squared)
+        value = 0.5 * ewc_lambda * (weighted + isotropic)
         if q.scale is not None:
             value = value * q.scale[i]
         penalties.append(torch.where(ewc_lambda == 0, torch.zeros_like(value), value))

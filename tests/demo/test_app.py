@@ -41,7 +41,7 @@ def results(folder: Path) -> dict[str, Any]:
 def test_results_hold_each_methods_metrics(results: dict[str, Any]) -> None:
     assert list(results["methods"]) == list(METHODS)
     for method, summary in results["methods"].items():
-        settings = BEST["unit"][method]
+        settings = BEST["constant"][method]
         runs = [experiment.run(settings, seed, 2, 1) for seed in (0, 1)] if method != "ewc" else []
         assert summary["settings"]["lr"] == settings.lr and summary["settings"]["ewc_lambda"] == settings.ewc_lambda
         for seed, run in enumerate(runs):
@@ -64,7 +64,7 @@ def test_results_say_what_they_were_measured_with(results: dict[str, Any]) -> No
 
 def test_lambda_curve_has_the_best_and_its_surroundings(results: dict[str, Any]) -> None:
     for method in ("l2sp", "ewc"):
-        best = BEST["unit"][method].ewc_lambda
+        best = BEST["constant"][method].ewc_lambda
         lambdas = [p["ewc_lambda"] for p in results["lambda_curve"] if p["method"] == method]
         assert sorted(lambdas) == pytest.approx(sorted(best * f for f in (1.0, *app.LAMBDA_FACTORS)))
     assert {p["method"] for p in results["lambda_curve"]} == {"l2sp", "ewc"}
@@ -98,18 +98,18 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr(experiment, "FISHER_SAMPLES", 2)
     monkeypatch.setattr(app, "LAMBDA_FACTORS", ())
     arguments = ["--tasks", "2", "--seeds", "1", "--epochs", "1", "--processes", "1", "--out", str(tmp_path)]
-    assert main([*arguments, "--pixels", "standardised"]) == 0
+    assert main([*arguments, "--schedule", "linear"]) == 0
     output = capsys.readouterr().out
     for text in ("own best settings", "before training", "after task 2", "backward transfer", "forgetting", "±"):
         assert text in output
-    for settings in BEST["standardised"].values():
+    for settings in BEST["linear"].values():
         assert str(settings) in output
     kernels = "native kernels" if extension.status().loaded else "PyTorch reference"
     assert kernels in output
 
 
 def test_processes_give_the_same_numbers_in_the_same_order() -> None:
-    jobs = [app.Job(Settings("plain", lr), 0, 2, 1, "unit", False) for lr in (1e-3, 1e-5)]
+    jobs = [app.Job(Settings("plain", lr), 0, 2, 1, False) for lr in (1e-3, 1e-5)]
     alone = app._run_all(jobs, processes=1)
     together = app._run_all(jobs, processes=2)
     assert [r.settings.lr for r in together] == [1e-3, 1e-5]
@@ -124,7 +124,7 @@ def test_the_number_of_threads_is_given_back() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("arguments", [["--tasks", "1"], ["--seeds", "0"], ["--pixels", "raw"], ["--unknown"]])
+@pytest.mark.parametrize("arguments", [["--tasks", "1"], ["--seeds", "0"], ["--schedule", "cosine"], ["--unknown"]])
 def test_bad_arguments_are_refused_before_anything_runs(arguments: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*arguments, "--out", str(tmp_path / "out")])
@@ -143,6 +143,6 @@ def test_cost_tells_the_reference_from_the_kernels(monkeypatch: pytest.MonkeyPat
         return ewc
 
     monkeypatch.setattr(cost, "make_penalty", on_reference)
-    measured = cost.measure(BEST["unit"]["ewc"], task, num_steps=10)
+    measured = cost.measure(BEST["constant"]["ewc"], task, num_steps=10)
     assert measured["backend"] == "reference"
     assert measured["share"] == pytest.approx(1 - measured["plain_ms"] / measured["ewc_ms"])

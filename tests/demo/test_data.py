@@ -41,17 +41,5 @@ def test_the_seed_decides_the_permutations_and_not_the_split() -> None:
     assert torch.equal(one[1].train_inputs, permuted_digits(2, seed=1)[1].train_inputs)
 
 
-def test_standardised_pixels() -> None:
-    plain, task = permuted_digits(1, 0)[0], permuted_digits(1, 0, "standardised")[0]
-    pixels = plain.train_inputs.double()
-    expected = (plain.test_inputs.double() - pixels.mean()) / pixels.std()
-    torch.testing.assert_close(task.test_inputs.double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_an_unknown_scale_is_refused() -> None:
-    with pytest.raises(ValueError, match="pixels must be one of unit, standardised, got 'raw'"):
-        permuted_digits(1, 0, "raw")
-
-
 def _column(task: object) -> torch.Tensor:
     return torch.cat([task.train_labels, task.test_labels]).float()[:, None]  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import random
 import sys
@@ -15,7 +16,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from ewc_fast.demo.experiment import Run  # noqa: E402
-from ewc_fast.demo.settings import METHODS, Settings  # noqa: E402
+from ewc_fast.demo.settings import METHODS, SCHEDULES, Settings  # noqa: E402
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "search_digits.py"
 
@@ -30,7 +31,7 @@ def search(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     done: list[tuple[Settings, int]] = []
 
-    def run(settings: Settings, seed: int, pixels: str) -> Run:
+    def run(settings: Settings, seed: int) -> Run:
         done.append((settings, seed))
         accuracy = 1 - abs(settings.lr - 1e-3) + 1e-9 * seed
         return Run(settings, seed, [[0.0, 0.0], [0.5, 0.0], [accuracy, accuracy]])
@@ -40,8 +41,8 @@ def search(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def _start(search: ModuleType, monkeypatch: pytest.MonkeyPatch, path: Path, trials: int, *more: str) -> dict[str, Any]:
-    monkeypatch.setattr(sys, "argv", ["search_digits.py", "--trials", str(trials), "--results", str(path), *more])
+def _start(search: ModuleType, monkeypatch: pytest.MonkeyPatch, path: Path, trials: int) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["search_digits.py", "--trials", str(trials), "--results", str(path)])
     search.main()
     return json.loads(path.read_text())
 
@@ -54,37 +55,29 @@ def test_an_interrupted_search_ends_as_one_that_was_not(
     before = len(search.done)
     parts = _start(search, monkeypatch, tmp_path / "parts.json", 15)
     assert parts["trials"] == whole["trials"] and parts["best"] == whole["best"]
-    fresh = len(METHODS) * len(search.FRESH_SEEDS)
-    assert len(search.done) - before == len(METHODS) * 11 * len(search.SEEDS) + fresh
-    assert len((tmp_path / "parts.csv").read_text().splitlines()) == 1 + 3 * 15
-
-
-def test_the_scales_of_the_pixels_share_a_file(
-    search: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    first = _start(search, monkeypatch, tmp_path / "results.json", 3)
-    both = _start(search, monkeypatch, tmp_path / "results.json", 2, "--pixels", "standardised")
-    assert both["trials"]["unit"] == first["trials"]["unit"] and both["best"]["unit"] == first["best"]["unit"]
-    assert [len(both["trials"]["standardised"][method]) for method in METHODS] == [2, 2, 2]
+    arms = len(METHODS) * len(SCHEDULES)
+    assert len(search.done) - before == arms * (11 * len(search.SEEDS) + len(search.FRESH_SEEDS))
+    assert len((tmp_path / "parts.csv").read_text().splitlines()) == 1 + 2 * 3 * 15
 
 
 def test_the_best_trial_is_reported(search: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     results = _start(search, monkeypatch, tmp_path / "results.json", 20)
-    for method in METHODS:
-        trials = results["trials"]["unit"][method]
+    for schedule, method in itertools.product(SCHEDULES, METHODS):
+        trials = results["trials"][schedule][method]
+        assert {trial["schedule"] for trial in trials} == {schedule}
         best = min(trials, key=lambda trial: abs(trial["lr"] - 1e-3))
-        assert results["best"]["unit"][method]["lr"] == best["lr"]
-        assert results["fresh_seeds"]["unit"][method]["lr"] == best["lr"]
-        assert results["fresh_seeds"]["unit"][method]["seeds"] == list(search.FRESH_SEEDS)
+        assert results["best"][schedule][method]["lr"] == best["lr"]
+        assert results["fresh_seeds"][schedule][method]["lr"] == best["lr"]
+        assert results["fresh_seeds"][schedule][method]["seeds"] == list(search.FRESH_SEEDS)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_proposals_stay_in_the_space(search: ModuleType, method: str) -> None:
     rng = random.Random()
-    settings = search.draw(method, rng)
+    settings = search.draw(method, "linear", rng)
     for _ in range(300):
-        settings = search.change(settings, rng) if rng.random() < 0.9 else search.draw(method, rng)
+        settings = search.change(settings, rng) if rng.random() < 0.9 else search.draw(method, "linear", rng)
         assert 1e-6 <= settings.lr <= 2e-2
         assert search.LAMBDA[method][0] <= settings.ewc_lambda <= search.LAMBDA[method][1]
         assert settings.damping in search.DAMPING[method]
-        assert settings.method == method
+        assert settings.method == method and settings.schedule == "linear"

@@ -12,20 +12,20 @@ from ewc_fast.demo.settings import BEST, METHODS, SCHEDULES, Settings
 RESULTS = Path(__file__).parents[2] / "examples" / "results" / "search_digits.json"
 
 
-@pytest.mark.parametrize("pixels", BEST)
+@pytest.mark.parametrize("schedule", BEST)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_demo_runs_the_best_that_the_search_found(pixels: str, method: str) -> None:
+def test_the_demo_runs_the_best_that_the_search_found(schedule: str, method: str) -> None:
     results = json.loads(RESULTS.read_text())
-    trials = results["trials"][pixels][method]
+    trials = results["trials"][schedule][method]
     best = max(trials, key=lambda trial: trial["mean_accuracy"])
-    assert best == results["best"][pixels][method]
+    assert best == results["best"][schedule][method]
     fields = ("method", "lr", "schedule", "ewc_lambda", "damping")
-    assert BEST[pixels][method] == Settings(**{name: best[name] for name in fields})
+    assert BEST[schedule][method] == Settings(**{name: best[name] for name in fields})
 
 
-@pytest.mark.parametrize("pixels", BEST)
-def test_every_method_had_as_many_trials_over_the_same_seeds(pixels: str) -> None:
-    trials = json.loads(RESULTS.read_text())["trials"][pixels]
+@pytest.mark.parametrize("schedule", BEST)
+def test_every_method_had_as_many_trials_over_the_same_seeds(schedule: str) -> None:
+    trials = json.loads(RESULTS.read_text())["trials"][schedule]
     assert len({len(trials[method]) for method in METHODS}) == 1
     for method in METHODS:
         settings = {tuple(t[k] for k in ("lr", "schedule", "ewc_lambda", "damping")) for t in trials[method]}

@@ -187,8 +187,7 @@ def test_tensors_on_another_device_are_refused(backend: str, which: str) -> None
     ex.assert_same_bits([t for t in arguments["grads"] if not t.is_meta], before)
 
 
-def test_overlapping_gradients_are_refused_before_others_are_written() -> None:
-    backend = "reference"
+def test_overlapping_gradients_are_refused_before_others_are_written(backend: str) -> None:
     arguments = make()
     member("grads", 1, lambda t: torch.zeros(1).expand(7))(arguments)
     before = [t.clone() for t in arguments["grads"]]
