@@ -3,7 +3,7 @@
     python benchmarks/penalty.py [--out benchmarks/results/NAME.json] [--rounds 15] [--threads 2]
 
 All contenders run in one process, interleaved, each over the same tensors; gradients exist already, as they do after
-the task's backward. Medians over the rounds; the machine is described in the result. Before it is timed, every contender's
+the task's backward. Medians over the rounds; the result describes the machine. Before it is timed, each contender's
 gradient is compared with the formula in fp64.
 """
 
