@@ -503,7 +503,7 @@ class EWCLoss:
     # ---- what the newest pass said ----
 
     def _record(self, key: Hashable, results: list[PartResult]) -> None:
-        detached = [(part, r._replace(penalty=r.penalty.detach())) for part, r in results]
+        detached = [(part, PenaltyResult(r.penalty.detach(), r.predicted, r.by_tensor)) for part, r in results]
         if key is None:
             self._newest = {None: detached}
         else:

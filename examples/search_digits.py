@@ -5,7 +5,7 @@
 It is done twice: with a constant learning rate, which is what the demo runs, and with one that falls linearly to 0 over
 each task (``demo --schedule linear``).
 
-A trial is one setting of a method, run with three seeds. The first three trials of a method are what earlier sketches
+A trial is one setting of a method, run with three seeds. The first three trials of a method are what earlier searches
 found to work, the next four are drawn at random from the whole space, and the others change one or more entries of the
 method's best so far. Plain fine-tuning has fewer settings to tune and as many trials, so it is searched more finely.
 What was found is then run once with seeds that the search has not seen.

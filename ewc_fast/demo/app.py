@@ -125,6 +125,9 @@ def _introduction(options: argparse.Namespace, best: Mapping[str, Settings]) -> 
         f"{BATCH_SIZE}, exact Fisher of {FISHER_SAMPLES} samples.",
         "Each method runs at its own best settings, found for 5 tasks by the same search (examples/search_digits.py):",
         *(f"  {TITLES[method]:18} {settings}" for method, settings in best.items()),
+        "Settings for a learning rate that falls over each task: --schedule linear."
+        if options.schedule == "constant"
+        else "Settings for a constant learning rate: --schedule constant.",
         "",
     ]
     return "\n".join(lines)

@@ -38,7 +38,7 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
 
 def format_summary(methods: Mapping[str, Mapping[str, Any]], num_seeds: int) -> str:
     """The table of all methods, and the settings that each ran with."""
-    lines = [f"Over {num_seeds} seed(s), mean ± standard deviation:", ""]
+    lines = [f"Over {_seeds(num_seeds)}, mean ± standard deviation:", ""]
     lines.append(f"{'':18}" + "".join(f"{heading:>20}" for heading in _HEADINGS))
     for method, summary in methods.items():
         cells = [f"{summary[name]:.3f} ± {summary[name + '_spread']:.3f}" for name in METRICS]
@@ -102,7 +102,7 @@ def draw(runs: Mapping[str, Sequence[Run]], lambda_runs: Sequence[Run], epochs: 
         "accuracy_over_time.png": plotting.accuracy_over_time(
             {TITLES[method]: [run.accuracy_by_epoch for run in several] for method, several in runs.items()},
             epochs,
-            f"Permuted digits, mean over {num_seeds} seed(s); each method at the settings that were best for it.",
+            f"Permuted digits, mean over {_seeds(num_seeds)}; each method at the settings that were best for it.",
         ),
         "accuracy_over_lambda.png": plotting.accuracy_over_lambda(
             {TITLES[method]: _curve(method, lambda_runs) for method in ("l2sp", "ewc")},
@@ -126,3 +126,7 @@ def draw(runs: Mapping[str, Sequence[Run]], lambda_runs: Sequence[Run], epochs: 
 def _curve(method: str, runs: Sequence[Run]) -> tuple[list[float], list[float]]:
     mine = [run for run in runs if run.settings.method == method]
     return [run.settings.ewc_lambda for run in mine], [metrics.mean_accuracy(run.accuracy) for run in mine]
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"

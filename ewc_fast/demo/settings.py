@@ -52,8 +52,8 @@ class Settings:
 BEST = {
     "constant": {
         "plain": Settings("plain", 4e-5),
-        "l2sp": Settings("l2sp", 3e-3, "constant", 0.02),
-        "ewc": Settings("ewc", 7e-3, "constant", 100.0, 0.1),
+        "l2sp": Settings("l2sp", 3e-3, "constant", 0.03),
+        "ewc": Settings("ewc", 7e-3, "constant", 60.0, 0.1),
     },
     "linear": {
         "plain": Settings("plain", 8e-5, "linear"),
