@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -104,6 +105,7 @@ class Table {
     }
     TORCH_CHECK_VALUE(position == strides.size(), "strides has ", strides.size(), " entries for ", position,
                       " dimensions");
+    if (grads) check_distinct(*grads);
     if (grads) {  // after every check has passed
       for (size_t i = 0; i < n; ++i) {
         const at::Tensor& g = (*grads)[i];
@@ -146,6 +148,20 @@ class Table {
                      "[0] ", first.scalar_type(), ": one call takes one dtype");
     TORCH_CHECK_VALUE(t.device() == anchor.device(), list, "[", i, "] is on ", t.device(), ", anchor on ",
                       anchor.device());
+  }
+
+  // One gradient in two places would be written by two threads at once.
+  static void check_distinct(at::TensorList grads) {
+    std::vector<std::pair<const void*, size_t>> places;
+    places.reserve(grads.size());
+    for (size_t i = 0; i < grads.size(); ++i) {
+      if (grads[i].numel() > 0) places.emplace_back(grads[i].const_data_ptr(), i);
+    }
+    std::sort(places.begin(), places.end());
+    for (size_t k = 1; k < places.size(); ++k) {
+      TORCH_CHECK_VALUE(places[k - 1].first != places[k].first, "grads[", places[k - 1].second, "] and grads[",
+                        places[k].second, "] share their memory: penalise a parameter once per call");
+    }
   }
 
   static bool is_dense(const at::Tensor& t) { return t.is_non_overlapping_and_dense() && !t.is_neg(); }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import platform
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+import ewc_fast
 from ewc_fast.ops import extension
 
 _DEMO_PACKAGES = ("sklearn", "matplotlib")
@@ -52,7 +52,7 @@ def collect_info() -> dict[str, Any]:
             )
     return {
         "versions": {
-            "ewc_fast": _own_version(),
+            "ewc_fast": ewc_fast.__version__,
             "torch": torch.__version__,
             "torch_cuda": torch.version.cuda,
             "python": platform.python_version(),
@@ -72,13 +72,6 @@ def collect_info() -> dict[str, Any]:
         "cuda": [_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "advice": advice,
     }
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("ewc-fast")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _device_name(index: int) -> str:

@@ -51,6 +51,8 @@ def _check_state(what: str, name: str, t: Tensor, p: Tensor) -> Tensor:
         return t.detach().float()  # exact
     if t.dtype not in _STATE_DTYPES:
         raise TypeError(f"{what} of {name} has dtype {t.dtype}; use float32, bfloat16 or float64")
+    if t.layout != torch.strided:
+        raise TypeError(f"{what} of {name} is {t.layout}; use a dense tensor")
     return t.detach()
 
 
@@ -67,6 +69,8 @@ def _penalty(
     for name, p in zip(names, params, strict=True):
         if not p.is_floating_point():
             raise TypeError(f"{name} has dtype {p.dtype}; only floating point parameters have a penalty")
+        if p.layout != torch.strided:
+            raise TypeError(f"{name} is {p.layout}; only dense parameters have a penalty")
     factor = _lambda_tensor(ewc_lambda, lambda_name, params[0].device)
     return autograd.separate_penalty(params, fisher, anchor, factor)
 
@@ -81,7 +85,8 @@ def ewc_penalty(
 
     Args:
         params: Parameters; fp64, fp32, bf16 or fp16, of any strides.
-        fisher: The Fisher diagonal of each, of its shape and on its device; fp64, fp32 or bf16.
+        fisher: The Fisher diagonal of each, of its shape and on its device; fp64, fp32 or bf16. Its entries are not
+            looked at, which would cost a pass and a synchronisation: negative or NaN ones go into the result.
         anchor: theta* of each, likewise (fp16 as well).
         ewc_lambda: At least 0; a float, or a tensor of one number, which is read on the device.
 
@@ -117,7 +122,7 @@ def ewc_loss(
     Args:
         model: The model being trained.
         fisher_diagonals: The Fisher diagonal by parameter name. Every parameter that requires grad must be there;
-            others are ignored.
+            others are ignored. Its entries are not looked at, as in :func:`ewc_penalty`.
         prev_params: The weights after the old task, likewise.
         lambda_factor: As ``ewc_lambda`` of :func:`ewc_penalty`.
 
@@ -128,6 +133,9 @@ def ewc_loss(
         ValueError: A parameter is missing from a mapping, or shapes or devices differ.
         TypeError: A dtype that has no penalty.
     """
+    for what, mapping in (("fisher_diagonals", fisher_diagonals), ("prev_params", prev_params)):
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"{what} must map parameter names to tensors, got {type(mapping).__name__}")
     names: list[str] = []
     params: list[Tensor] = []
     fisher: list[Tensor] = []

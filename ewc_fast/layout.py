@@ -92,22 +92,39 @@ def select_parameters(
     chosen = trainable_parameters(model)
     every = dict(_named(model, aliases=True))
     if params is not None:
-        if isinstance(params, (str, Tensor)):
-            raise ValueError("params must be an iterable of names or parameters, not a single one: wrap it in a list")
         wanted: set[str] = set()
         canonical = {id(p): name for name, p in chosen.items()}
-        for item in params:
-            if isinstance(item, str):
-                hits = {canonical.get(id(p), name) for name, p in every.items() if fnmatch.fnmatchcase(name, item)}
-            else:
-                hits = {canonical.get(id(p), name) for name, p in every.items() if p is item}
+        for pattern in name_parameters(model, params):
+            hits = {canonical.get(id(p), name) for name, p in every.items() if fnmatch.fnmatchcase(name, pattern)}
             if not hits:
-                what = repr(item) if isinstance(item, str) else f"a tensor of shape {tuple(item.shape)}"
-                raise ValueError(f"params: {what} is no parameter of the model; names look like {list(every)[:3]}")
+                raise ValueError(f"params: {pattern!r} is no parameter of the model; names look like {list(every)[:3]}")
             wanted |= hits
         chosen = {name: p for name, p in chosen.items() if name in wanted}
     buffers = frozenset(own_name(model, name) for name, _ in model.named_buffers(remove_duplicate=False))
     return chosen, frozenset(every.keys() - chosen.keys()), buffers
+
+
+def name_parameters(model: nn.Module, params: Iterable[str | Tensor]) -> list[str]:
+    """A choice of parameters by names and patterns alone, which outlives the parameters themselves.
+
+    Raises:
+        TypeError: An entry is neither a name nor a tensor.
+        ValueError: A tensor is no parameter of the model, or ``params`` is a single one.
+    """
+    if isinstance(params, (str, Tensor)):
+        raise ValueError("params must be an iterable of names or parameters, not a single one: wrap it in a list")
+    names = []
+    for item in params:
+        if isinstance(item, str):
+            names.append(item)
+            continue
+        if not isinstance(item, Tensor):
+            raise TypeError(f"params must hold names or parameters, got {type(item).__name__}")
+        name = next((name for name, p in _named(model, aliases=True) if p is item), None)
+        if name is None:
+            raise ValueError(f"params: a tensor of shape {tuple(item.shape)} is no parameter of the model")
+        names.append(name)
+    return names
 
 
 def module_edges(model: nn.Module, params: Iterable[Tensor]) -> list[tuple[dict[str, Any], str, Any]]:

@@ -16,15 +16,18 @@ from torch import Tensor, nn
 from ewc_fast import storage
 from ewc_fast.fisher import estimate_fisher
 from ewc_fast.functional import check_lambda
-from ewc_fast.layout import Slot, module_edges, own_name, select_parameters
+from ewc_fast.layout import Slot, module_edges, name_parameters, own_name, select_parameters
 from ewc_fast.ops import autograd
 from ewc_fast.ops import penalty as ops
+from ewc_fast.ops.memory import same_memory_order
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
 from ewc_fast.optim.attach import COUPLINGS, NOT_IN_OPTIMIZER, AttachHandle
 from ewc_fast.state import EWCState, SlotMapping, protected_part
 
 # A penalty that was computed with a graph so often, and never differentiated, is most likely detached by mistake.
 _GRAPHS_WITHOUT_BACKWARD = 100
+
+_PARAMETER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _attached: weakref.WeakSet[AttachHandle] = weakref.WeakSet()
 
@@ -128,7 +131,7 @@ class EWCLoss:
         self._lambda = check_lambda(ewc_lambda)
         self._damping = check_lambda(damping, "damping")
         self._state = EWCState(mode, gamma, fisher_dtype, anchor_dtype)
-        self._selection = params if params is None or isinstance(params, (str, Tensor)) else list(params)
+        self._selection = None if params is None else name_parameters(model, params)
         self._said: set[str] = set()
         self._selected = self._select()
         if backend == "native" and self._selected:
@@ -139,10 +142,23 @@ class EWCLoss:
         self._generation = 0  # counts every change of what _parts() returns
         self._cached_parts: list[Part] = []
         self._edges: list[tuple[dict[str, Any], str, Any]] = []
-        self._trainable: list[tuple[nn.Parameter, bool]] = []
+        self._trainable: list[tuple[nn.Parameter, bool, torch.Size]] = []
         self._newest: dict[Hashable, list[PartResult]] = {}
-        self._handles: list[AttachHandle] = []
+        self._handles: weakref.WeakSet[AttachHandle] = weakref.WeakSet()  # an optimizer's hook keeps its handle
         self._graphs = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: they are attached to nothing, for torch leaves an optimizer's hooks behind."""
+        state = self.__dict__.copy()
+        for name in ("_handles", "_newest", "_cached_parts", "_edges", "_trainable", "_buffers"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Binds a copy to its model."""
+        self.__dict__.update(state)
+        self._handles, self._newest, self._buffers = weakref.WeakSet(), {}, {}
+        self._bind()
 
     # ---- hyper-parameters ----
 
@@ -214,6 +230,11 @@ class EWCLoss:
 
     def _select(self) -> dict[str, nn.Parameter]:
         selected, _, _ = select_parameters(self.model, self._selection)
+        for name, p in selected.items():
+            if p.dtype not in _PARAMETER_DTYPES:
+                raise TypeError(
+                    f"{name} has dtype {p.dtype}, which has no penalty: freeze it, or leave it out with params="
+                )
         if not selected:
             self._say_once("no parameter to protect requires grad: the penalty has no effect")
         return selected
@@ -249,28 +270,43 @@ class EWCLoss:
             raise ValueError("consolidate takes either a loader or fisher=, one of the two")
         if fisher is not None and estimate:
             raise ValueError(f"{', '.join(estimate)}: only with a loader; a given Fisher is taken as it is")
-        params, others, buffers = select_parameters(self.model, self._selection)
+        params, others, buffers = self._select(), *select_parameters(self.model, self._selection)[1:]
         if not params:
             raise ValueError("no parameter to protect requires grad: nothing to consolidate")
+        for name, p in params.items():
+            if p.device.type == "meta":
+                raise ValueError(f"{name} is on the meta device and holds no numbers: materialise the model first")
         if anchor is not None:
             anchor = self._by_own_name("anchor", anchor, params, others | buffers)
         if fisher is None:
             assert loader is not None
             fisher = estimate_fisher(self.model, loader, **estimate)
         info = getattr(fisher, "info", None)
-        self._state.consolidate(
-            params,
-            self._by_own_name("fisher", fisher, params, others),
-            {name: p.detach() for name, p in params.items()} if anchor is None else anchor,
-            self._frozen(),
-        )
-        self._state.info = None if info is None else info.to_dict()
-        self._state_changed()
+        frozen = self._frozen()
+        dropped = self._state.fisher.keys() - params.keys() - frozen.keys()
+        with torch.inference_mode(False):  # or what is made here could not be changed outside of it
+            self._state.consolidate(
+                params,
+                self._by_own_name("fisher", fisher, params, others),
+                {name: p.detach() for name, p in params.items()} if anchor is None else anchor,
+                frozen,
+            )
+            self._state.info = None if info is None else info.to_dict()
+            self._state_changed()
+        for name in dropped:
+            self._say_dropped(name)
 
     def _by_own_name(
         self, what: str, given: Mapping[str, Tensor], params: Mapping[str, Tensor], ignored: frozenset[str]
     ) -> dict[str, Tensor]:
-        named = {own_name(self.model, name): t for name, t in given.items()}
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{what} must map parameter names to tensors, got {type(given).__name__}")
+        named: dict[str, Tensor] = {}
+        for name, t in given.items():
+            own = own_name(self.model, name)
+            if own in named:
+                raise ValueError(f"{what} has two entries for {own!r}, one with a wrapper's prefix: leave one out")
+            named[own] = t
         missing = [name for name in params if name not in named]
         if missing:
             raise ValueError(f"{what} has no entry for {', '.join(missing)}: every protected parameter needs one")
@@ -301,8 +337,9 @@ class EWCLoss:
             ValueError: It is no EWC state, of another mode or gamma, or of another model. The state is as it was then.
         """
         self._selected = self._select()
-        self._state.load_state_dict(state, {**self._selected, **self._frozen()})
-        self._state_changed()
+        with torch.inference_mode(False):
+            self._state.load_state_dict(state, {**self._selected, **self._frozen()})
+            self._state_changed()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state to a safetensors file, whole or not at all."""
@@ -333,7 +370,7 @@ class EWCLoss:
         for g in self._state.groups:
             for slot in g.group.slots:
                 if slot.name not in every:
-                    self._say_once(f"{slot.name} is no longer in the model, and its anchor and Fisher are dropped")
+                    self._say_dropped(slot.name)
                     continue
                 bound[slot.name] = every[slot.name]
                 protected[slot.name] = protected_part(slot.name, every[slot.name], slot.shape)
@@ -358,27 +395,30 @@ class EWCLoss:
                 ),
                 buffer=self._buffers.setdefault((g.group.device, g.group.dtype), autograd.GradientBuffer()),
             )
-            trainable = [i for i, p in enumerate(params) if p.requires_grad]
-            if trainable:
-                self._cached_parts.append(whole.subset(trainable) if len(trainable) < len(params) else whole)
+            left = [i for i, p in enumerate(params) if p.requires_grad]
+            while left:  # once, but for parameters tied since: no op takes one gradient twice
+                first = {id(params[i]): i for i in reversed(left)}
+                chosen = [i for i in left if first[id(params[i])] == i]
+                left = [i for i in left if first[id(params[i])] != i]
+                self._cached_parts.append(whole.subset(chosen) if len(chosen) < len(params) else whole)
         if bound and not self._cached_parts:
             self._say_once("no protected parameter requires grad any more: the penalty has no effect")
         self._edges = module_edges(self.model, bound.values())
-        self._trainable = [(p, p.requires_grad) for p in bound.values()]
+        self._trainable = [(p, p.requires_grad, p.shape) for p in bound.values()]
         self._generation += 1
         return moved
 
     def _parts(self) -> list[Part]:
         """What to penalise, after a check that costs microseconds: is the model still made of the same objects?
 
-        What identity does not show (another device, dtype or memory order) the ops see as they read the parameters.
+        What this does not show (another device, dtype or memory order) the ops see as they read the parameters.
         """
         for children, name, child in self._edges:
             if children.get(name) is not child:
                 self._bind()
                 return self._cached_parts
-        for p, trainable in self._trainable:
-            if p.requires_grad is not trainable:
+        for p, trainable, shape in self._trainable:
+            if p.requires_grad is not trainable or p.shape != shape:
                 self._bind()
                 return self._cached_parts
         for part in self._cached_parts:
@@ -469,9 +509,11 @@ class EWCLoss:
             if reads_only:
                 return [(part, ops.penalty(params, part.quadratic, backend=self.backend))]
             grads: list[Tensor] = []
+            fresh = []
             for p in part.params:
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
+                    fresh.append(p)
                 grads.append(p.grad)
             device = part.quadratic.anchor.device
             try:
@@ -484,8 +526,13 @@ class EWCLoss:
                     part.maximize,
                     backend=self.backend,
                 )
-            except (TypeError, NotImplementedError):
-                return [result for same in _split_by_grad_dtype(part) for result in op(same)]
+            except Exception as error:
+                try:
+                    return [result for same in _split_by_grad_dtype(part, error) for result in op(same)]
+                except Exception:
+                    for p in fresh:  # as it was
+                        p.grad = None
+                    raise
             return [(part, result)]
 
         results = self._run(parts_of, op)
@@ -506,9 +553,13 @@ class EWCLoss:
         detached = [(part, PenaltyResult(r.penalty.detach(), r.predicted, r.by_tensor)) for part, r in results]
         if key is None:
             self._newest = {None: detached}
-        else:
-            self._newest.pop(None, None)
-            self._newest[key] = detached
+            return
+        # Other optimizers' passes still count, for the parameters that this one has not.
+        names = {slot.name for part, _ in results for slot in part.slots} if self._newest.keys() - {key} else set()
+        for other, earlier in list(self._newest.items()):
+            if other is None or any(slot.name in names for part, _ in earlier for slot in part.slots):
+                del self._newest[other]
+        self._newest[key] = detached
 
     def _results(self) -> list[PartResult]:
         return [result for results in self._newest.values() for result in results]
@@ -517,8 +568,9 @@ class EWCLoss:
         params = list(self._selected.values())
         if not params:
             return torch.zeros((), requires_grad=requires_grad)
-        dtype = autograd.result_dtype(params)
-        return torch.zeros((), dtype=dtype, device=params[0].device, requires_grad=requires_grad)
+        zero = torch.zeros((), dtype=autograd.result_dtype(params), device=params[0].device)
+        # A graph of its own, so that backward() works; the compiler knows no such tensors, and needs none.
+        return zero.requires_grad_() if requires_grad and not torch.compiler.is_compiling() else zero
 
     @staticmethod
     def _total(values: list[Tensor]) -> Tensor:
@@ -561,7 +613,8 @@ class EWCLoss:
             coupling: ``"coupled"``: as if the penalty were in the loss.
 
         Returns:
-            A handle; ``handle.remove()`` detaches.
+            A handle; ``handle.remove()`` detaches. The optimizer keeps it, and a copy of the optimizer does not: attach
+            that one too.
 
         Raises:
             TypeError: Not a torch optimizer.
@@ -579,13 +632,13 @@ class EWCLoss:
         if self._selected and not mine:
             self._say_once(NOT_IN_OPTIMIZER)
         for other in list(_attached):
-            theirs = {id(p) for group in other.optimizer.param_groups for p in group["params"]}
+            theirs = {id(p) for group in other.param_groups() for p in group["params"]}
             if mine & theirs & {id(p) for p in other.ewc._selected.values()}:
                 self._say_once(
-                    "a parameter is stepped by two optimizers with a penalty attached: it is penalised by both"
+                    "a parameter is penalised by two attached penalties: remove() the handle that is not wanted"
                 )
         handle = AttachHandle(self, optimizer)
-        self._handles.append(handle)
+        self._handles.add(handle)
         _attached.add(handle)
         return handle
 
@@ -595,11 +648,14 @@ class EWCLoss:
 
     def _detach(self, handle: AttachHandle) -> None:
         if handle in self._handles:
-            self._handles.remove(handle)
+            self._handles.discard(handle)
             _attached.discard(handle)
             self._newest.pop(handle, None)
 
     # ---- saying so ----
+
+    def _say_dropped(self, name: str) -> None:
+        self._say_once(f"{name} is no longer in the model, or tied to another: its anchor and Fisher are dropped")
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:
@@ -613,8 +669,11 @@ class EWCLoss:
         )
 
 
-def _split_by_grad_dtype(part: Part) -> list[Part]:
-    """A part that the op refused, cut where its gradients' dtypes differ. Raises again if that was not the reason."""
+def _split_by_grad_dtype(part: Part, error: Exception) -> list[Part]:
+    """A part that the op refused, cut where its gradients' dtypes differ. Raises ``error`` if that was no reason."""
+    protected = zip(part.protected(part.params), part.slots, strict=True)
+    if not all(p.dtype is part.dtype and same_memory_order(p, slot.strides) for p, slot in protected):
+        raise error  # no half of it may run before the state has followed
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, p in enumerate(part.params):
         assert p.grad is not None
@@ -625,7 +684,7 @@ def _split_by_grad_dtype(part: Part) -> list[Part]:
             ) from None
         by_dtype.setdefault(p.grad.dtype, []).append(i)
     if len(by_dtype) == 1:
-        raise  # noqa: PLE0704 - called while the op's error is handled
+        raise error
     return [part.subset(chosen, maximize=part.maximize) for chosen in by_dtype.values()]
 
 

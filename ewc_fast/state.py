@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -221,6 +222,7 @@ class EWCState:
                 protected_part(name, p, known[name])
             _check_entry("Fisher", name, fisher[name], p, non_negative=True)
             _check_entry("anchor", name, anchor[name], p, non_negative=False)
+            self._check_range(name, p, fisher[name], anchor[name])
         laid = dict(params)
         for name, p in (frozen or {}).items() if self.mode != "latest" else ():
             if name in known:
@@ -235,6 +237,24 @@ class EWCState:
                 elif self.mode == "online":
                     slot.view(g.fisher).mul_(self.gamma)
         self.num_tasks += 1
+
+    def _check_range(self, name: str, p: Tensor, fisher: Tensor, anchor: Tensor) -> None:
+        """Raises where the state's dtypes would overflow. A sum of Fishers is bounded by the sum of their maxima."""
+        if not p.numel():
+            return
+        own = torch.float32 if p.dtype == torch.float16 else p.dtype
+        largest = float(fisher.max())
+        if self.mode != "latest" and name in self.fisher:
+            largest += self.gamma * float(self.fisher[name].max())
+        for what, wanted, value in (
+            ("Fisher", self.fisher_dtype, largest),
+            ("anchor", self.anchor_dtype, float(anchor.abs().max())),
+        ):
+            if value > torch.finfo(wanted or own).max:
+                raise ValueError(
+                    f"{what} of {name!r} reaches {value:g}, more than {wanted or own} holds: rescale it, or set "
+                    f"{what.lower()}_dtype=torch.float64"
+                )
 
     def _fold(self, g: GroupState, i: int, slot: Slot, new_fisher: Tensor, new_anchor: Tensor) -> None:
         f, a = slot.view(g.fisher), slot.view(g.anchor)
@@ -336,7 +356,9 @@ def _check_entry(what: str, name: str, t: Tensor, p: Tensor, *, non_negative: bo
         raise TypeError(f"{what} of {name!r} is a {type(t).__name__}, expected a tensor")
     if t.shape != p.shape:
         raise ValueError(f"{what} of {name!r} has shape {tuple(t.shape)}, the parameter {tuple(p.shape)}")
-    if not t.is_floating_point() or t.layout != torch.strided:
+    if what == "Fisher" and t.dtype == torch.float16:
+        raise ValueError(f"Fisher of {name!r} is float16, which zeroes small entries: estimate it in float32")
+    if not t.is_floating_point() or t.layout != torch.strided or t.itemsize < 2:
         raise ValueError(f"{what} of {name!r} must be a dense floating point tensor, got {t.dtype}, {t.layout}")
     if t.device.type == "meta":
         raise ValueError(f"{what} of {name!r} is on the meta device and holds no numbers: materialise the model first")
@@ -359,8 +381,10 @@ def _check_saved(state: Mapping[str, Any], mode: str, gamma: float) -> None:
     named = [state[key] for key in ("fisher", "anchor", "constant")]
     if not all(isinstance(m, Mapping) for m in named) or not named[0].keys() == named[1].keys() == named[2].keys():
         raise ValueError("the state's Fisher, anchor and constants name different parameters: the file is damaged")
-    if not isinstance(state["num_tasks"], int) or state["num_tasks"] < 0:
+    if type(state["num_tasks"]) is not int or state["num_tasks"] < (1 if named[0] else 0):
         raise ValueError(f"the state's num_tasks is {state['num_tasks']!r}: the file is damaged")
+    if state["info"] is not None and not isinstance(state["info"], Mapping):
+        raise ValueError(f"the state's info is {state['info']!r}: the file is damaged")
     for name, c in state["constant"].items():
-        if not isinstance(c, (int, float)) or not 0.0 <= c < float("inf"):
+        if not isinstance(c, (int, float)) or not 0.0 <= c <= sys.float_info.max:
             raise ValueError(f"the state's constant of {name!r} is {c!r}: the file is damaged")

@@ -23,8 +23,13 @@ def save_state(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     Args:
         state: Tensors under ``"fisher"`` and ``"anchor"``, plain values elsewhere.
         path: The file to write; by convention ``*.safetensors``.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))  # through a link, to what it names
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no folder {os.fspath(target.parent)!r} to save the state in")
     tensors = {
         f"{kind}.{name}": t.detach().cpu().contiguous()
         for kind in ("fisher", "anchor")

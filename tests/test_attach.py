@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -166,6 +167,46 @@ def test_the_newest_pass_replaces_the_one_before() -> None:
     assert ewc.last_penalty.item() == pytest.approx(value, rel=1e-5)
 
 
+def test_a_fresh_optimizer_for_every_task_leaves_nothing_behind() -> None:
+    model, ewc = make()
+    value = penalised(model, ewc).item()
+    gone = []
+    for _ in range(3):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        ewc.attach(optimizer)  # a warning would be an error
+        optimizer.step()
+        assert ewc.last_penalty.item() == pytest.approx(value, rel=1e-5)
+        assert sum(v.item() for v in ewc.penalty_by_parameter().values()) == pytest.approx(value, rel=1e-5)
+        gone.append(weakref.ref(optimizer))
+        del optimizer
+    assert all(optimizer() is None for optimizer in gone)
+
+
+def test_two_live_optimizers_over_the_same_parameters_do_not_add_up() -> None:
+    model, ewc = make()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for _ in range(2)]
+    ewc.attach(optimizers[0])
+    with pytest.warns(UserWarning, match="penalised by two attached penalties"):
+        ewc.attach(optimizers[1])
+    for optimizer in optimizers:
+        optimizer.step()
+        assert ewc.last_penalty.item() == pytest.approx(penalised(model, ewc).item(), rel=1e-5)
+
+
+def test_a_parameter_swapped_into_a_group_is_penalised() -> None:
+    model, ewc = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    ewc.attach(optimizer)
+    optimizer.step()
+    model[0].weight = nn.Parameter(model[0].weight.detach() + 1)
+    optimizer.step()
+    assert model[0].weight.grad is None
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer.step()
+    assert model[0].weight.grad is not None
+    assert ewc.last_penalty.item() == pytest.approx(penalised(model, ewc).item(), rel=1e-5)
+
+
 def test_attached_before_the_first_consolidate_and_over_changes_of_the_model() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
     ewc = EWCLoss(model, LAMBDA)
@@ -236,13 +277,14 @@ def test_a_closure_is_refused_before_anything_is_written() -> None:
 
 
 def test_a_sparse_gradient_is_refused_by_name() -> None:
-    model = nn.Sequential(nn.Embedding(5, 3, sparse=True))
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
     ewc = EWCLoss(model)
-    ewc.consolidate(fisher={"0.weight": torch.rand(5, 3)})
-    ewc.attach(optimizer := torch.optim.SparseAdam(model.parameters()))
-    model(torch.tensor([1])).sum().backward()
+    ewc.consolidate(fisher={n: torch.rand(p.shape) for n, p in model.named_parameters()})
+    ewc.attach(optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
+    model[0](torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="0.weight has a torch.sparse_coo gradient"):
         optimizer.step()
+    assert model[1].weight.grad is None  # nothing is left behind
 
 
 def test_a_penalty_that_acts_twice_is_reported_once() -> None:
@@ -262,7 +304,7 @@ def test_a_penalty_that_acts_twice_is_reported_once() -> None:
     assert len(messages) == 3
     assert "ewc() is called with a graph while attached" in messages[0]
     assert "accumulate_grad_() is called while attached" in messages[1]
-    assert "penalised by both" in messages[2]
+    assert "penalised by two attached penalties" in messages[2]
 
 
 def test_a_penalty_outside_the_optimizer_is_reported_once() -> None:

@@ -244,3 +244,32 @@ def test_sequences_that_do_not_fit() -> None:
         ewc_penalty(two, two, [torch.ones(2), torch.ones(3)], 1.0)
     with pytest.raises(TypeError, match=r"params\[0\] has dtype torch.int64; only floating point"):
         ewc_penalty([torch.ones(2).long()], one, one, 1.0)
+
+
+def test_other_kinds_of_differentiation_raise() -> None:
+    """Without a derivative of their own they would take the penalty for a constant."""
+
+    def penalty(p: Tensor) -> Tensor:
+        return ewc_penalty([p], [torch.ones(3)], [torch.zeros(3)], 2.0)
+
+    for transformed in (
+        lambda: torch.func.jvp(penalty, (torch.ones(3),), (torch.ones(3),)),
+        lambda: torch.func.grad(penalty)(torch.ones(3)),
+    ):
+        with pytest.raises(RuntimeError, match="setup_context"):
+            transformed()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.ones(3), torch.ones(3))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            penalty(dual)
+
+
+def test_what_is_no_mapping_and_what_is_sparse_is_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    state = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    with pytest.raises(TypeError, match="prev_params must map"):
+        ewc_loss(model, state, None, 1.0)  # type: ignore[arg-type]
+    sparse = torch.eye(2).to_sparse()
+    for triple in ((sparse, torch.ones(2, 2), torch.ones(2, 2)), (torch.ones(2, 2), sparse, torch.ones(2, 2))):
+        with pytest.raises(TypeError, match="dense"):
+            ewc_penalty([triple[0]], [triple[1]], [triple[2]], 1.0)

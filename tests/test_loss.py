@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Iterator
 
@@ -553,6 +555,91 @@ def test_new_rows_and_new_layers_are_free(backend: str) -> None:
     assert torch.equal(ewc.fisher["0.weight"][6:], new_fisher["0.weight"][6:])
 
 
+def test_data_of_another_shape_is_noticed(backend: str) -> None:
+    model = nn.ModuleDict({"e": nn.Embedding(10, 3), "l": nn.Linear(3, 10)})
+    ewc = EWCLoss(model, 2.0, backend=backend)
+    ewc.consolidate(fisher=random_fisher(model))
+    old = model["e"].weight.detach().clone()
+    ewc()
+    model["e"].weight.data = torch.cat([old, torch.full((4, 3), 5.0)])
+    assert ewc().item() == ewc.accumulate_grad_().item() == 0.0
+    assert model["e"].weight.grad.shape == (14, 3) and bool((model["e"].weight.grad == 0).all())
+    model["e"].weight.data = old[:5]
+    with pytest.raises(ValueError, match=r"e\.weight has shape \(5, 3\), its anchor \(10, 3\)"):
+        ewc()
+
+
+def test_weights_tied_after_the_task_are_penalised_by_both_anchors(backend: str) -> None:
+    model = nn.Sequential(nn.Linear(300, 300, bias=False), nn.Linear(300, 300, bias=False))
+    fisher, anchor = random_fisher(model), weights(model)
+    ewc = EWCLoss(model, 2.0, backend=backend)
+    ewc.consolidate(fisher=fisher)
+    model[1].weight = model[0].weight
+    p = model[0].weight.detach().double()
+    wanted = sum(2.0 * fisher[n].double() * (p - anchor[n].double()) for n in fisher)
+    for level in (1, 2):
+        model.zero_grad()
+        if level == 1:
+            ewc().backward()
+        else:
+            ewc.accumulate_grad_()
+        torch.testing.assert_close(model[0].weight.grad.double(), wanted, rtol=1e-5, atol=1e-7)
+    with pytest.warns(UserWarning, match=r"1\.weight is no longer in the model, or tied"):
+        ewc.consolidate(fisher={"0.weight": fisher["0.weight"]})
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_work_and_are_attached_to_nothing(backend: str, how: str) -> None:
+    model, ewc, gradients = ready(backend)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ewc.attach(optimizer)
+    together = (model, optimizer, ewc)
+    copied = copy.deepcopy(together) if how == "deepcopy" else pickle.loads(pickle.dumps(together))
+    model2, optimizer2, ewc2 = copied
+    assert ewc2.model is model2 and not ewc2.is_attached(optimizer2) and ewc.is_attached(optimizer)
+    with torch.no_grad():
+        value = ewc().item()
+        for p in model.parameters():
+            p.zero_()  # the copy is its own
+    ewc2().backward()
+    assert ewc2.last_penalty.item() == value
+    assert_gradients(model2, gradients)
+    ewc2.ewc_lambda = 4.0
+    assert ewc2().item() == pytest.approx(2 * value) and ewc.ewc_lambda == 2.0
+
+
+def test_inference_mode_leaves_nothing_that_cannot_change(backend: str) -> None:
+    model, ewc, _ = ready(backend)
+    with torch.inference_mode():
+        ewc.consolidate(fisher=random_fisher(model))
+        ewc.load_state_dict(ewc.state_dict())
+        ewc()
+    ewc.ewc_lambda = 3.0
+    ewc.consolidate(fisher=random_fisher(model))
+    move(model)
+    ewc().backward()
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiles_before_the_first_consolidate(backend: str) -> None:
+    ewc = EWCLoss(make_model(), backend=backend)
+    x = torch.ones((), requires_grad=True)
+    loss = torch.compile(lambda: ewc() + 2 * x, fullgraph=True, backend="aot_eager")()
+    loss.backward()
+    assert loss.item() == 2.0 and x.grad.item() == 2.0
+
+
+def test_params_given_as_tensors_outlive_them(backend: str) -> None:
+    model = make_model()
+    ewc = EWCLoss(model, params=[model[3].weight], backend=backend)
+    model[3].weight = nn.Parameter(torch.randn(7, 45))
+    ewc.consolidate(fisher=random_fisher(model))
+    assert list(ewc.fisher) == ["3.weight"]
+    with pytest.raises(TypeError, match="names or parameters, got int"):
+        EWCLoss(model, params=[3])
+
+
 def test_another_shape_is_an_error_that_names_it(backend: str) -> None:
     model, ewc, _ = ready(backend)
     model[3] = nn.Linear(44, 7)
@@ -692,6 +779,9 @@ def test_bad_consolidates_leave_the_state_alone(backend: str) -> None:
         ({"fisher": good, "anchor": with_entry(float("nan"))}, "anchor of '4.bias' has NaN"),
         ({"fisher": good, "anchor": {}}, "anchor has no entry"),
         ({"fisher": good, "kind": "exact"}, "kind: only with a loader"),
+        ({"fisher": {n: f.half() for n, f in good.items()}}, "Fisher of '0.weight' is float16"),
+        ({"fisher": {n: f.double() * 1e300 for n, f in good.items()}}, r"Fisher of '0.weight' reaches .*float32 holds"),
+        ({"fisher": good, "anchor": {n: f.double() * 1e300 + 1e299 for n, f in good.items()}}, "anchor of .* reaches"),
         ({}, "either a loader or fisher="),
         ({"loader": [], "fisher": good}, "either a loader or fisher="),
     ):
@@ -700,6 +790,22 @@ def test_bad_consolidates_leave_the_state_alone(backend: str) -> None:
         assert ewc().item() == value and ewc.num_tasks == 1
     with pytest.raises(ValueError, match="(?i)empty|no batch"):
         ewc.consolidate([])
+    with pytest.raises(TypeError, match="fisher must map parameter names to tensors"):
+        ewc.consolidate(fisher=[1])
+    wrapped = EWCLoss(nn.DataParallel(nn.Linear(2, 2)), backend=backend)
+    twice = {"weight": torch.ones(2, 2), "module.weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    with pytest.raises(ValueError, match="two entries for 'weight'"):
+        wrapped.consolidate(fisher=twice)
+
+
+def test_a_parameter_that_has_no_penalty_is_named() -> None:
+    model = nn.Linear(2, 2)
+    model.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="phase has dtype torch.complex64.*params="):
+        EWCLoss(model)
+    model.to("meta")
+    with pytest.raises(ValueError, match="weight is on the meta device"):
+        EWCLoss(model, params=["weight"]).consolidate([torch.zeros(1, 2)])
 
 
 @pytest.fixture

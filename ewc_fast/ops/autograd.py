@@ -186,6 +186,15 @@ class _SeparatePenalty(torch.autograd.Function):
         return (None, None, None, None, *_first_derivative_only(scaled))
 
 
+def _is_transformed(params: Sequence[Tensor]) -> bool:
+    """Whether torch.func or forward-mode AD is at work; the Function then raises, where values alone would pass as
+    constants."""
+    if torch.compiler.is_compiling():
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(wrapped(p) for p in params) or torch.autograd.forward_ad._current_level >= 0
+
+
 def separate_penalty(
     params: Sequence[Tensor],
     fisher: Sequence[Tensor],
@@ -206,7 +215,7 @@ def separate_penalty(
     Returns:
         0-dim, fp64 if any parameter is, else fp32; on the first parameter's device.
     """
-    if torch.is_grad_enabled() and any(p.requires_grad for p in params):
+    if torch.is_grad_enabled() and (any(p.requires_grad for p in params) or _is_transformed(params)):
         total: Tensor = _SeparatePenalty.apply(ewc_lambda, fisher, anchor, backend, *params)
         return total
     with torch.no_grad():

@@ -118,7 +118,8 @@ def load(
 
 
 _status = load(_PACKAGE, lambda: importlib.import_module("ewc_fast._C"), torch.__version__, torch.version.cuda)
-_warned: set[str] = set()
+# Device types of which it has been said; a build that does not fit was reported just now, for all of them.
+_warned = set(_NATIVE_DEVICES) if not _status.loaded and _status.build.get("kind", "none") != "none" else set()
 
 
 def status() -> ExtensionStatus:

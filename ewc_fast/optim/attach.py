@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,20 @@ class AttachHandle:
 
     def __init__(self, ewc: EWCLoss, optimizer: torch.optim.Optimizer) -> None:
         self.ewc = ewc
-        self.optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)  # which keeps this handle, not the other way round
         self._parts: list[Part] = []
         self._key: tuple[object, ...] | None = None
         self._hook = optimizer.register_step_pre_hook(self._before_step)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer; None once it is gone."""
+        return self._optimizer()
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups; none once it is gone."""
+        optimizer = self._optimizer()
+        return [] if optimizer is None else optimizer.param_groups
 
     def remove(self) -> None:
         """Detaches the penalty; the optimizer is as it was. A second call does nothing."""
@@ -45,9 +56,9 @@ class AttachHandle:
 
     def parts(self) -> list[Part]:
         """The protected parameters that this optimizer steps, one part per device, dtype and direction."""
-        groups = self.optimizer.param_groups
+        groups = self.param_groups()
         whole = self.ewc._parts()
-        key = (self.ewc._generation, *((len(g["params"]), g.get("maximize", False)) for g in groups))
+        key = (self.ewc._generation, *((g.get("maximize", False), *map(id, g["params"])) for g in groups))
         if key != self._key:
             parts: list[Part] = []
             for maximize in (False, True):

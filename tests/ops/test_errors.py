@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ewc_fast.ops import extension
 from ewc_fast.ops import penalty as ops
 from ewc_fast.ops.types import FlatQuadratic
 from tests.ops import exact as ex
@@ -194,6 +195,20 @@ def test_overlapping_gradients_are_refused_before_others_are_written(backend: st
     with pytest.raises((ValueError, RuntimeError), match=r"grads\[1\]"):
         calls(arguments, backend)["penalty_accumulate_"]()
     ex.assert_same_bits(arguments["grads"], before)
+
+
+@pytest.mark.skipif(not extension.has_kernel("cpu"), reason=f"extension not in use: {extension.status().reason}")
+def test_one_gradient_given_twice_is_refused() -> None:
+    """Two threads would write it at once."""
+    arguments = make()
+    arguments["grads"][1] = torch.zeros(14)[:7]
+    arguments["grads"].append(arguments["grads"][1])
+    arguments["params"].append(torch.zeros(7))
+    q = arguments["q"]
+    longer = {"offsets": [*q.offsets, q.offsets[1]], "strides": [*q.strides, 1]}
+    arguments["q"] = q._replace(**longer, scale=None, constant=None)
+    with pytest.raises(ValueError, match=r"grads\[1\] and grads\[\d\] share their memory"):
+        calls(arguments, "native")["penalty_accumulate_"]()
 
 
 def test_strides_that_leave_gaps_are_refused(backend: str) -> None:
