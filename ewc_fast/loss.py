@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +14,12 @@ from torch import Tensor, nn
 from ewc_fast import storage
 from ewc_fast.fisher import estimate_fisher
 from ewc_fast.functional import check_lambda
-from ewc_fast.layout import Slot, module_edges, name_parameters, own_name, select_parameters
+from ewc_fast.layout import module_edges, name_parameters, own_name, select_parameters
 from ewc_fast.ops import autograd
 from ewc_fast.ops import penalty as ops
-from ewc_fast.ops.memory import same_memory_order
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
 from ewc_fast.optim.attach import COUPLINGS, NOT_IN_OPTIMIZER, AttachHandle
+from ewc_fast.parts import Part, PartResult, raise_with_names, split_by_grad_dtype
 from ewc_fast.state import EWCState, SlotMapping, protected_part
 
 # A penalty that was computed with a graph so often, and never differentiated, is most likely detached by mistake.
@@ -30,55 +28,6 @@ _GRAPHS_WITHOUT_BACKWARD = 100
 _PARAMETER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _attached: weakref.WeakSet[AttachHandle] = weakref.WeakSet()
-
-
-@dataclass(eq=False)
-class Part:
-    """Parameters that one call of an op serves.
-
-    Attributes:
-        params: The parameters themselves.
-        rows: How many leading rows of each are protected, None for all.
-        slots: Where each lies in the flat buffers.
-        quadratic: The state, as the ops take it.
-        buffer: Level 1's gradient buffer; shared by a part's subsets.
-        maximize: Whether the optimizer that steps these parameters maximises.
-    """
-
-    params: list[nn.Parameter]
-    rows: list[int | None]
-    slots: list[Slot]
-    quadratic: FlatQuadratic
-    buffer: autograd.GradientBuffer
-    maximize: bool = False
-
-    def __post_init__(self) -> None:
-        self.dtype = self.params[0].dtype if self.params else None
-        self._whole = all(n is None for n in self.rows)
-
-    def subset(self, chosen: list[int], *, maximize: bool = False) -> Part:
-        """The same state, of some of the parameters."""
-        q, slots = self.quadratic, [self.slots[i] for i in chosen]
-        quadratic = q._replace(
-            offsets=[s.offset for s in slots],
-            strides=[stride for s in slots for stride in s.strides],
-            constant=None if q.constant is None else q.constant[torch.tensor(chosen, device=q.anchor.device).long()],
-        )
-        params, rows = [self.params[i] for i in chosen], [self.rows[i] for i in chosen]
-        return replace(self, params=params, rows=rows, slots=slots, quadratic=quadratic, maximize=maximize)
-
-    def without(self, names: set[str]) -> Part:
-        """The same state, without some of the parameters."""
-        return self.subset([i for i, s in enumerate(self.slots) if s.name not in names], maximize=self.maximize)
-
-    def protected(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The protected rows of tensors shaped like the parameters."""
-        if self._whole:
-            return tensors
-        return [t if n is None else t.detach()[:n] for t, n in zip(tensors, self.rows, strict=True)]
-
-
-PartResult = tuple[Part, PenaltyResult]
 
 
 class EWCLoss:
@@ -270,7 +219,8 @@ class EWCLoss:
             raise ValueError("consolidate takes either a loader or fisher=, one of the two")
         if fisher is not None and estimate:
             raise ValueError(f"{', '.join(estimate)}: only with a loader; a given Fisher is taken as it is")
-        params, others, buffers = self._select(), *select_parameters(self.model, self._selection)[1:]
+        params = self._selected = self._select()
+        _, others, buffers = select_parameters(self.model, self._selection)
         if not params:
             raise ValueError("no parameter to protect requires grad: nothing to consolidate")
         for name, p in params.items():
@@ -439,7 +389,7 @@ class EWCLoss:
                 results += op(part)
             except (ValueError, TypeError, RuntimeError) as error:
                 if not self._bind():
-                    _raise_with_names(error, part)
+                    raise_with_names(error, part)
                 done = {slot.name for p, _ in results for slot in p.slots}
                 for moved in parts_of():
                     rest = moved.without(done)
@@ -459,7 +409,7 @@ class EWCLoss:
             0-dim, fp64 if any protected parameter is, else fp32; on the first protected parameter's device.
         """
         with_graph = torch.is_grad_enabled()
-        if with_graph and self._handles and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and with_graph and self._is_attached():
             self._say_once(
                 "ewc() is called with a graph while attached to an optimizer: the penalty counts twice. Leave one out"
             )
@@ -487,7 +437,7 @@ class EWCLoss:
         Returns:
             The penalty at the present weights, 0-dim, without a graph.
         """
-        if self._handles and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._is_attached():
             self._say_once(
                 "accumulate_grad_() is called while attached to an optimizer: the penalty counts twice. Leave one out"
             )
@@ -528,7 +478,7 @@ class EWCLoss:
                 )
             except Exception as error:
                 try:
-                    return [result for same in _split_by_grad_dtype(part, error) for result in op(same)]
+                    return [result for same in split_by_grad_dtype(part, error) for result in op(same)]
                 except Exception:
                     for p in fresh:  # as it was
                         p.grad = None
@@ -646,6 +596,9 @@ class EWCLoss:
         """Whether :meth:`attach` has been called for this optimizer, and the handle not removed."""
         return any(handle.optimizer is optimizer for handle in self._handles)
 
+    def _is_attached(self) -> bool:
+        return any(handle.optimizer is not None for handle in self._handles)
+
     def _detach(self, handle: AttachHandle) -> None:
         if handle in self._handles:
             self._handles.discard(handle)
@@ -667,35 +620,3 @@ class EWCLoss:
             f"EWCLoss(ewc_lambda={self.ewc_lambda}, mode={self.mode!r}, gamma={self.gamma}, damping={self.damping}, "
             f"num_tasks={self.num_tasks})"
         )
-
-
-def _split_by_grad_dtype(part: Part, error: Exception) -> list[Part]:
-    """A part that the op refused, cut where its gradients' dtypes differ. Raises ``error`` if that was no reason."""
-    protected = zip(part.protected(part.params), part.slots, strict=True)
-    if not all(p.dtype is part.dtype and same_memory_order(p, slot.strides) for p, slot in protected):
-        raise error  # no half of it may run before the state has followed
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for i, p in enumerate(part.params):
-        assert p.grad is not None
-        if p.grad.layout is not torch.strided:
-            raise ValueError(
-                f"{part.slots[i].name} has a {p.grad.layout} gradient, which a penalty on every entry does not fit: "
-                "build the layer with sparse=False"
-            ) from None
-        by_dtype.setdefault(p.grad.dtype, []).append(i)
-    if len(by_dtype) == 1:
-        raise error
-    return [part.subset(chosen, maximize=part.maximize) for chosen in by_dtype.values()]
-
-
-def _raise_with_names(error: Exception, part: Part) -> NoReturn:
-    """Raises an op's error again, with parameters' names where the op knew only their index."""
-
-    def name(match: re.Match[str]) -> str:
-        slot = part.slots[int(match[2])].name
-        return slot if match[1] == "params" else f"the gradient of {slot}"
-
-    message = re.sub(r"\b(params|grads)\[(\d+)\]", name, str(error))
-    if message == str(error):
-        raise error
-    raise type(error)(message) from error

@@ -180,6 +180,7 @@ def test_a_fresh_optimizer_for_every_task_leaves_nothing_behind() -> None:
         gone.append(weakref.ref(optimizer))
         del optimizer
     assert all(optimizer() is None for optimizer in gone)
+    ewc().backward()  # attached to nothing any more: no warning, which would be an error
 
 
 def test_two_live_optimizers_over_the_same_parameters_do_not_add_up() -> None:

@@ -48,11 +48,7 @@ def penalty(params: Sequence[Tensor], q: FlatQuadratic, *, backend: str = "auto"
     if not use_native(q.anchor.device, backend):
         return reference.penalty(params, q)
     with torch.no_grad():
-        return PenaltyResult(
-            *torch.ops.ewc_fast.penalty.default(
-                params, q.anchor, q.fisher, q.offsets, q.strides, q.ewc_lambda, q.delta, q.scale, q.constant
-            )
-        )
+        return PenaltyResult(*torch.ops.ewc_fast.penalty.default(params, *q))
 
 
 def penalty_grad(
@@ -81,22 +77,7 @@ def penalty_grad(
     if not use_native(q.anchor.device, backend):
         return reference.penalty_grad(params, grad, q, grad_scale, found_inf)
     with torch.no_grad():
-        return PenaltyResult(
-            *torch.ops.ewc_fast.penalty_grad.default(
-                params,
-                grad,
-                q.anchor,
-                q.fisher,
-                q.offsets,
-                q.strides,
-                q.ewc_lambda,
-                q.delta,
-                q.scale,
-                q.constant,
-                grad_scale,
-                found_inf,
-            )
-        )
+        return PenaltyResult(*torch.ops.ewc_fast.penalty_grad.default(params, grad, *q, grad_scale, found_inf))
 
 
 def penalty_accumulate_(
@@ -128,21 +109,7 @@ def penalty_accumulate_(
         return reference.penalty_accumulate_(params, grads, q, grad_scale, found_inf, maximize)
     with torch.no_grad():
         return PenaltyResult(
-            *torch.ops.ewc_fast.penalty_accumulate_.default(
-                params,
-                grads,
-                q.anchor,
-                q.fisher,
-                q.offsets,
-                q.strides,
-                q.ewc_lambda,
-                q.delta,
-                q.scale,
-                q.constant,
-                grad_scale,
-                found_inf,
-                maximize,
-            )
+            *torch.ops.ewc_fast.penalty_accumulate_.default(params, grads, *q, grad_scale, found_inf, maximize)
         )
 
 

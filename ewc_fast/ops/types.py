@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class FlatQuadratic(NamedTuple):
-    """The quadratic around the anchor, of parameters that share a device and a dtype.
+    """The quadratic around the anchor, of parameters that share a device and a dtype; in the native ops' order.
 
     Attributes:
         anchor: theta*, flat: 1-D, fp64, fp32 or bf16.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from ewc_fast.loss import EWCLoss, Part
+    from ewc_fast.loss import EWCLoss
+    from ewc_fast.parts import Part
 
 COUPLINGS = ("coupled",)
 NOT_IN_OPTIMIZER = "none of the parameters that EWC protects is in the attached optimizer: the penalty has no effect"

@@ -1,0 +1,97 @@
+"""What one call of an op serves: parameters, and the slices of the state that are theirs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ewc_fast.layout import Slot
+from ewc_fast.ops.autograd import GradientBuffer
+from ewc_fast.ops.memory import same_memory_order
+from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
+
+
+@dataclass(eq=False)
+class Part:
+    """Parameters that one call of an op serves.
+
+    Attributes:
+        params: The parameters themselves.
+        rows: How many leading rows of each are protected, None for all.
+        slots: Where each lies in the flat buffers.
+        quadratic: The state, as the ops take it.
+        buffer: Level 1's gradient buffer; shared by a part's subsets.
+        maximize: Whether the optimizer that steps these parameters maximises.
+    """
+
+    params: list[nn.Parameter]
+    rows: list[int | None]
+    slots: list[Slot]
+    quadratic: FlatQuadratic
+    buffer: GradientBuffer
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        self.dtype = self.params[0].dtype if self.params else None
+        self._whole = all(n is None for n in self.rows)
+
+    def subset(self, chosen: list[int], *, maximize: bool = False) -> Part:
+        """The same state, of some of the parameters."""
+        q, slots = self.quadratic, [self.slots[i] for i in chosen]
+        quadratic = q._replace(
+            offsets=[s.offset for s in slots],
+            strides=[stride for s in slots for stride in s.strides],
+            constant=None if q.constant is None else q.constant[torch.tensor(chosen, device=q.anchor.device).long()],
+        )
+        params, rows = [self.params[i] for i in chosen], [self.rows[i] for i in chosen]
+        return replace(self, params=params, rows=rows, slots=slots, quadratic=quadratic, maximize=maximize)
+
+    def without(self, names: set[str]) -> Part:
+        """The same state, without some of the parameters."""
+        return self.subset([i for i, s in enumerate(self.slots) if s.name not in names], maximize=self.maximize)
+
+    def protected(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The protected rows of tensors shaped like the parameters."""
+        if self._whole:
+            return tensors
+        return [t if n is None else t.detach()[:n] for t, n in zip(tensors, self.rows, strict=True)]
+
+
+PartResult = tuple[Part, PenaltyResult]
+
+
+def split_by_grad_dtype(part: Part, error: Exception) -> list[Part]:
+    """A part that the op refused, cut where its gradients' dtypes differ. Raises ``error`` if that was no reason."""
+    protected = zip(part.protected(part.params), part.slots, strict=True)
+    if not all(p.dtype is part.dtype and same_memory_order(p, slot.strides) for p, slot in protected):
+        raise error  # no half of it may run before the state has followed
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, p in enumerate(part.params):
+        assert p.grad is not None
+        if p.grad.layout is not torch.strided:
+            raise ValueError(
+                f"{part.slots[i].name} has a {p.grad.layout} gradient, which a penalty on every entry does not fit: "
+                "build the layer with sparse=False"
+            ) from None
+        by_dtype.setdefault(p.grad.dtype, []).append(i)
+    if len(by_dtype) == 1:
+        raise error
+    return [part.subset(chosen, maximize=part.maximize) for chosen in by_dtype.values()]
+
+
+def raise_with_names(error: Exception, part: Part) -> NoReturn:
+    """Raises an op's error again, with parameters' names where the op knew only their index."""
+
+    def name(match: re.Match[str]) -> str:
+        slot = part.slots[int(match[2])].name
+        return slot if match[1] == "params" else f"the gradient of {slot}"
+
+    message = re.sub(r"\b(params|grads)\[(\d+)\]", name, str(error))
+    if message == str(error):
+        raise error
+    raise type(error)(message) from error
