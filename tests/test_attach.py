@@ -12,14 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ewc_fast import EWCLoss
-from ewc_fast.ops import extension
 
 LAMBDA = 3.0
-
-
-@pytest.fixture(autouse=True)
-def _fresh_seed(seed: int) -> None:
-    torch.manual_seed(seed)
 
 
 def make(dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, EWCLoss]:
@@ -82,9 +76,8 @@ def test_equals_the_penalty_in_the_loss(name: str, micro_batches: int) -> None:
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.native
 def test_the_native_kernel_runs_once_per_step() -> None:
-    if not extension.has_kernel("cpu"):
-        pytest.skip(f"extension not in use: {extension.status().reason}")
     model, ewc = make()
     ewc.attach(optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
     with torch.profiler.profile() as profile:

@@ -13,27 +13,6 @@ from torch import Tensor, nn
 
 import ewc_fast.loss
 from ewc_fast import EWCLoss
-from ewc_fast.ops import extension
-
-BACKENDS = [
-    "reference",
-    pytest.param(
-        "native",
-        marks=pytest.mark.skipif(
-            not extension.has_kernel("cpu"), reason=f"extension not in use: {extension.status().reason}"
-        ),
-    ),
-]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_seed(seed: int) -> None:
-    torch.manual_seed(seed)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -120,9 +99,8 @@ def test_the_formula_at_both_levels(backend: str) -> None:
         assert ewc().item() == loss.item() and not ewc().requires_grad
 
 
+@pytest.mark.native
 def test_native_and_reference_agree() -> None:
-    if not extension.has_kernel("cpu"):
-        pytest.skip(f"extension not in use: {extension.status().reason}")
     model = make_model()
     fisher = random_fisher(model)
     both = [EWCLoss(model, 5.0, damping=0.1, backend=b) for b in ("native", "reference")]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from ewc_fast.ops import extension
 from ewc_fast.ops import penalty as ops
 from ewc_fast.ops.types import FlatQuadratic
 from tests.ops import exact as ex
@@ -197,7 +196,7 @@ def test_overlapping_gradients_are_refused_before_others_are_written(backend: st
     ex.assert_same_bits(arguments["grads"], before)
 
 
-@pytest.mark.skipif(not extension.has_kernel("cpu"), reason=f"extension not in use: {extension.status().reason}")
+@pytest.mark.native
 def test_one_gradient_given_twice_is_refused() -> None:
     """Two threads would write it at once."""
     arguments = make()
