@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc_fast import EWCLoss, ewc_loss
+from ewc_fast.machine import describe_machine
 from ewc_fast.ops import extension
 
 LAMBDA = 100.0
@@ -169,13 +170,6 @@ def check(problem: Problem) -> None:
             torch.testing.assert_close(p.grad.double(), want, rtol=tolerance, atol=1e-5)
 
 
-def cpu_model() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if info.exists() and names else platform.processor()
-
-
 def measure(problem: Problem, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of every contender and of ``copy_``, interleaved."""
     source, target = torch.randn(problem.numel), torch.empty(problem.numel)
@@ -252,7 +246,7 @@ def main() -> None:
         status = extension.status()
         result = {
             "date": date.today().isoformat(),
-            "machine": {"cpu": cpu_model(), "threads": args.threads, "system": platform.platform()},
+            "machine": {**describe_machine(), "threads": args.threads},
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "kernels": status.build if status.loaded else f"reference: {status.reason}",
             "parameters": problem.numel,

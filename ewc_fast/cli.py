@@ -88,7 +88,8 @@ def format_info(info: dict[str, Any]) -> str:
         ("Python", f"{versions['python']} on {versions['platform']}"),
     ]
     if info["extension"]["loaded"]:
-        compiled = f"{build['compiler']}, C++ {build['cpp_standard']}, OpenMP {'yes' if build['openmp'] else 'no'}"
+        standard = build["cpp_standard"] // 100 % 100  # 201703 is C++17
+        compiled = f"{build['compiler']}, C++{standard}, OpenMP {'yes' if build['openmp'] else 'no'}"
         rows.append(("extension", "loaded" + (", debug build" if build["debug"] else "")))
         rows.append(("  compiled by", compiled))
         cuda = f"{build['cuda']} for {build['cuda_arch_list']}" if build["cuda"] else f"no: {build['reason']}"
@@ -115,7 +116,8 @@ def run_demo(arguments: Sequence[str]) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in _DEMO_PACKAGES:
             raise
-        print(f'ewc-fast demo needs {package}: pip install "ewc_fast[demo]"', file=sys.stderr)
+        remedy = 'in a checkout, pip install --no-build-isolation ".[demo]"'
+        print(f"ewc-fast demo needs {package}: {remedy}", file=sys.stderr)
         return 1
 
 

@@ -18,9 +18,13 @@ def check_lambda(ewc_lambda: float, name: str = "ewc_lambda") -> float:
     """A finite, non-negative lambda as a float.
 
     Raises:
+        TypeError: It is no number.
         ValueError: It is negative, NaN or infinite.
     """
-    value = float(ewc_lambda)
+    try:
+        value = float(ewc_lambda)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number, got {ewc_lambda!r}") from error
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be a finite number of at least 0, got {ewc_lambda}")
     return value

@@ -43,7 +43,8 @@ class EWCLoss:
 
     Args:
         model: The model; the parameters that require grad are protected, once each when tied.
-        ewc_lambda: The weight, at least 0; 1 is the Bayesian one, 30 to 300 served best in experiments. May be set at
+        ewc_lambda: The weight, at least 0; 1 is the Bayesian one, 30 to 300 served best in experiments. The Fisher
+            shrinks with the old task's loss: where that is nearly 0, lambda has to grow by powers of ten. May be set at
             any time; at 0 nothing is penalised, but the forgetting is still predicted.
         mode: How tasks add up: ``"separate"``, the sum of a quadratic per task (kept in one, exactly); ``"online"``,
             ``F = gamma F + F_new`` around the newest weights (Schwarz et al. 2018); ``"latest"``, the newest task only.
@@ -215,6 +216,8 @@ class EWCLoss:
             ValueError: Both or neither of ``loader`` and ``fisher``, a missing or unknown name, a shape that does not
                 fit, a negative, NaN or infinite Fisher, a NaN or infinite anchor. The state is as it was then.
         """
+        if isinstance(loader, Mapping):
+            raise TypeError("loader is a mapping; a Fisher diagonal goes in by name: consolidate(fisher=...)")
         if (loader is None) == (fisher is None):
             raise ValueError("consolidate takes either a loader or fisher=, one of the two")
         if fisher is not None and estimate:
@@ -531,7 +534,10 @@ class EWCLoss:
 
     @property
     def last_penalty(self) -> Tensor:
-        """The penalty as the newest pass found it: 0-dim, detached. Reading it never synchronises."""
+        """The penalty as the newest pass found it: 0-dim, detached. Reading it never synchronises.
+
+        0 before a pass, and again from a ``consolidate`` or a ``load`` to the next one.
+        """
         results = self._results()
         return self._total([r.penalty for _, r in results]) if results else self._zero()
 
@@ -603,7 +609,8 @@ class EWCLoss:
         if handle in self._handles:
             self._handles.discard(handle)
             _attached.discard(handle)
-            self._newest.pop(handle, None)
+            if handle in self._newest:  # what it said last can still be read
+                self._newest.setdefault(None, []).extend(self._newest.pop(handle))
 
     # ---- saying so ----
 

@@ -1,6 +1,6 @@
 """Pictures of forgetting. Each function takes plain data and returns a matplotlib ``Figure``; nothing is shown.
 
-Needs matplotlib: ``pip install "ewc_fast[demo]"``. No window system and no global state: ``figure.savefig("x.png")``.
+Needs matplotlib (the extra ``demo``). No window system and no global state: ``figure.savefig("x.png")``.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ def train(
     criterion: Callable[[Tensor, Tensor], Tensor],
     device: torch.device | str,
     ewc_loss: Callable[[], Tensor | float] | None = None,
+    *,
+    freeze_batchnorm: bool = False,
 ) -> EpochResult:
     """Trains ``model`` for one epoch on ``criterion(model(inputs), targets) + ewc_loss()``.
 
@@ -48,6 +50,8 @@ def train(
         ewc_loss: Called without arguments once per step, returns the penalty: an ``EWCLoss``, or e.g.
             ``lambda: ewc_loss(model, fisher, prev_params, lambda_factor)``. One that is attached to ``optimizer`` acts
             in the optimizer's step and is not added to the loss again; its ``last_penalty`` is what is reported.
+        freeze_batchnorm: Keep BatchNorm layers in evaluation mode, for a task after the first: no penalty protects
+            their running statistics, which are buffers.
 
     Returns:
         Mean loss, mean penalty and number of samples.
@@ -61,6 +65,8 @@ def train(
             f"ewc_loss must be callable without arguments, got {type(ewc_loss).__name__}; wrap a function that needs "
             "arguments as lambda: ewc_loss(model, fisher, prev_params, lambda_factor)"
         )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     device = torch.device(device)
     is_attached = getattr(ewc_loss, "is_attached", None)
     in_optimizer = is_attached is not None and is_attached(optimizer)
@@ -69,6 +75,10 @@ def train(
     loss_sum, penalty_sum = torch.zeros(2, dtype=dtype, device=device).unbind()
     num_samples = num_steps = 0
     with module_mode(model, training=True):
+        if freeze_batchnorm:
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         for index, batch in enumerate(dataloader):
             inputs, targets = _unpack(batch, index)
             inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)

@@ -176,6 +176,29 @@ def test_a_fresh_optimizer_for_every_task_leaves_nothing_behind() -> None:
     ewc().backward()  # attached to nothing any more: no warning, which would be an error
 
 
+def test_a_layer_replaced_after_the_optimizer_was_built_is_reported_once() -> None:
+    model, ewc = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    ewc.attach(optimizer)
+    optimizer.step()
+    model[2] = nn.Linear(8, 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+        optimizer.step()
+    assert sorted(str(w.message).partition(" ")[0] for w in caught) == ["2.bias", "2.weight"]
+    assert "replaced in the model but not in the attached optimizer" in str(caught[0].message)
+
+
+def test_readings_outlive_the_handle() -> None:
+    model, ewc = make()
+    handle = ewc.attach(optimizer := torch.optim.SGD(model.parameters(), lr=0.0))
+    optimizer.step()
+    value = ewc.last_penalty.item()
+    handle.remove()
+    assert ewc.last_penalty.item() == value > 0 and ewc.predicted_forgetting.item() > 0
+
+
 def test_two_live_optimizers_over_the_same_parameters_do_not_add_up() -> None:
     model, ewc = make()
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for _ in range(2)]
@@ -193,7 +216,8 @@ def test_a_parameter_swapped_into_a_group_is_penalised() -> None:
     ewc.attach(optimizer)
     optimizer.step()
     model[0].weight = nn.Parameter(model[0].weight.detach() + 1)
-    optimizer.step()
+    with pytest.warns(UserWarning, match="0.weight was replaced in the model"):
+        optimizer.step()
     assert model[0].weight.grad is None
     optimizer.param_groups[0]["params"] = list(model.parameters())
     optimizer.step()

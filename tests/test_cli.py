@@ -105,7 +105,7 @@ def test_demo_without_its_extra_names_it(monkeypatch, capsys, name):
 
     use_demo(monkeypatch, main)
     assert cli.main(["demo"]) == 1
-    assert 'pip install "ewc_fast[demo]"' in capsys.readouterr().err
+    assert 'pip install --no-build-isolation ".[demo]"' in capsys.readouterr().err
 
 
 def test_demo_hides_no_other_missing_module(monkeypatch):

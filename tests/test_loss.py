@@ -770,6 +770,10 @@ def test_bad_consolidates_leave_the_state_alone(backend: str) -> None:
         ewc.consolidate([])
     with pytest.raises(TypeError, match="fisher must map parameter names to tensors"):
         ewc.consolidate(fisher=[1])
+    with pytest.raises(TypeError, match=r"consolidate\(fisher=...\)"):
+        ewc.consolidate(good)
+    with pytest.raises(TypeError, match="ewc_lambda must be a number, got 'big'"):
+        EWCLoss(model, "big")
     wrapped = EWCLoss(nn.DataParallel(nn.Linear(2, 2)), backend=backend)
     twice = {"weight": torch.ones(2, 2), "module.weight": torch.ones(2, 2), "bias": torch.ones(2)}
     with pytest.raises(ValueError, match="two entries for 'weight'"):

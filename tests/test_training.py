@@ -200,3 +200,21 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
         train(model, **{**given, **arguments})
     assert not model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_frozen_batchnorm_keeps_its_statistics_and_its_mode() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2)).train()
+    data = [(torch.randn(8, 3) + 5, torch.randint(2, (8,))) for _ in range(3)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for frozen in (True, False):
+        before = model[1].running_mean.clone()
+        train(model, data, optimizer, nn.CrossEntropyLoss(), "cpu", freeze_batchnorm=frozen)
+        assert torch.equal(model[1].running_mean, before) is frozen
+        assert all(module.training for module in model.modules())
+
+
+def test_an_optimizer_in_another_place_is_named() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got CrossEntropyLoss"):
+        train(model, [], nn.CrossEntropyLoss(), optimizer, "cpu")  # type: ignore[arg-type]

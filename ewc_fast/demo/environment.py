@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -12,6 +10,7 @@ import sklearn
 import torch
 
 import ewc_fast
+from ewc_fast.machine import describe_machine
 from ewc_fast.ops import extension
 
 
@@ -25,19 +24,6 @@ def describe() -> dict[str, Any]:
             "scikit-learn": sklearn.__version__,
             "python": platform.python_version(),
         },
-        "machine": {
-            "cpu": cpu_model(),
-            "cores": os.cpu_count(),
-            "system": f"{platform.system()} {platform.machine()}",
-        },
+        "machine": describe_machine(),
         "backend": "native" if extension.has_kernel("cpu") else "reference",
     }
-
-
-def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name, as far as the system tells."""
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

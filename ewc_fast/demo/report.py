@@ -38,10 +38,11 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
 
 def format_summary(methods: Mapping[str, Mapping[str, Any]], num_seeds: int) -> str:
     """The table of all methods, and the settings that each ran with."""
-    lines = [f"Over {_seeds(num_seeds)}, mean ± standard deviation:", ""]
+    spread = ", mean ± standard deviation" if num_seeds > 1 else ""
+    lines = [f"Over {_seeds(num_seeds)}{spread}:", ""]
     lines.append(f"{'':18}" + "".join(f"{heading:>20}" for heading in _HEADINGS))
     for method, summary in methods.items():
-        cells = [f"{summary[name]:.3f} ± {summary[name + '_spread']:.3f}" for name in METRICS]
+        cells = [f"{summary[name]:.3f}" + (f" ± {summary[name + '_spread']:.3f}" if spread else "") for name in METRICS]
         lines.append(f"{TITLES[method]:18}" + "".join(f"{cell:>20}" for cell in cells))
     return "\n".join(lines)
 

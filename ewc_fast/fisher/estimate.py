@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from ewc_fast.fisher.classification import KINDS, NEEDS_LABELS, check_logits, choose_targets
@@ -90,6 +91,8 @@ def estimate_fisher(
         torch.inference_mode(False),
         torch.enable_grad(),
         _isolated_rng(generator, device),
+        # The fused attention kernels have no batching rule: vmap would run them sample by sample, and warn.
+        nullcontext() if kind == "batch" else sdpa_kernel(SDPBackend.MATH),
         tqdm(total=_expected_samples(loader, num_samples), desc="Fisher", unit="sample", disable=not progress) as bar,
     ):
         squares = SquareSums(model, params)

@@ -69,7 +69,8 @@ def diagnose(build: Mapping[str, Any] | None, torch_version: str, cuda_version: 
     if build is None:
         return "the extension was not built", remedy
     if build["kind"] == "none":
-        return f"ewc_fast was built without its extension: {build['reason']}", f"remove the cause, then {remedy}"
+        remedy = f"unset EWC_FAST_BUILD, or install what is missing; then {remedy}"
+        return f"ewc_fast was built without its extension: {build['reason']}", remedy
     if _version(build["torch"]) != _version(torch_version):
         return f"the extension was built for torch {build['torch']}, this is torch {torch_version}", remedy
     built_cuda = build["cuda"]

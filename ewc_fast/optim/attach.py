@@ -23,6 +23,7 @@ class AttachHandle:
         self._optimizer = weakref.ref(optimizer)  # which keeps this handle, not the other way round
         self._parts: list[Part] = []
         self._key: tuple[object, ...] | None = None
+        self._names: set[str] = set()
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     @property
@@ -70,5 +71,11 @@ class AttachHandle:
                         parts.append(part.subset(chosen, maximize=maximize))
             if whole and not parts:
                 self.ewc._say_once(NOT_IN_OPTIMIZER)
-            self._parts, self._key = parts, key
+            names = {slot.name for part in parts for slot in part.slots}
+            for name in sorted(self._names & {slot.name for part in whole for slot in part.slots} - names):
+                self.ewc._say_once(
+                    f"{name} was replaced in the model but not in the attached optimizer, which neither trains nor "
+                    "penalises it: build the optimizer anew and attach that one"
+                )
+            self._parts, self._key, self._names = parts, key, names
         return self._parts

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from ewc_fast.demo import app, cost, experiment, main, metrics  # noqa: E402
+from ewc_fast.demo import app, cost, experiment, main, metrics, report  # noqa: E402
 from ewc_fast.demo.data import permuted_digits  # noqa: E402
 from ewc_fast.demo.settings import BEST, METHODS, Settings  # noqa: E402
 from ewc_fast.ops import extension  # noqa: E402
@@ -100,8 +100,9 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     arguments = ["--tasks", "2", "--seeds", "1", "--epochs", "1", "--processes", "1", "--out", str(tmp_path)]
     assert main([*arguments, "--schedule", "linear"]) == 0
     output = capsys.readouterr().out
-    for text in ("own best settings", "before training", "after task 2", "backward transfer", "forgetting", "±"):
+    for text in ("own best settings", "before training", "after task 2", "backward transfer", "forgetting"):
         assert text in output
+    assert "±" not in output  # one seed has no spread
     for settings in BEST["linear"].values():
         assert str(settings) in output
     kernels = "native kernels" if extension.status().loaded else "PyTorch reference"
@@ -147,3 +148,8 @@ def test_cost_tells_the_reference_from_the_kernels(monkeypatch: pytest.MonkeyPat
     measured = cost.measure(BEST["constant"]["ewc"], task, num_steps=10)
     assert measured["backend"] == "reference"
     assert measured["share"] == pytest.approx(1 - measured["plain_ms"] / measured["ewc_ms"])
+
+
+def test_the_summary_has_a_spread_over_several_seeds() -> None:
+    summary = {key: 0.5 for name in report.METRICS for key in (name, f"{name}_spread")}
+    assert "0.500 ± 0.500" in report.format_summary({"plain": summary}, 3)

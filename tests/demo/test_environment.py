@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-from ewc_fast.demo.environment import cpu_model  # noqa: E402
+from ewc_fast.machine import cpu_model  # noqa: E402
 
 
 def test_cpu_model_is_what_the_system_says(tmp_path: Path) -> None:

@@ -320,3 +320,20 @@ def test_out_of_memory_is_not_taken_for_a_model_that_cannot_be_vectorised(monkey
     monkeypatch.setattr(squares, "vmap", fail)
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         estimate_fisher(models.mlp(), [batch()])
+
+
+def test_attention_is_vectorised_without_a_warning() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(32, 3))
+    batch = (torch.randn(3, 4, 8), torch.randint(3, (3,)))
+    estimate = estimate_fisher(model, [batch], kind="empirical")  # a warning would be an error
+    assert estimate.info.method == "vmap"
+    params = dict(model.named_parameters())
+    expected = {n: torch.zeros_like(p) for n, p in params.items()}
+    model.eval()
+    for x, y in zip(*batch, strict=True):
+        loss = nn.functional.cross_entropy(model(x[None]), y[None])
+        for total, g in zip(expected.values(), torch.autograd.grad(loss, list(params.values())), strict=True):
+            total += g.square() / 3
+    for n, want in expected.items():
+        torch.testing.assert_close(estimate[n], want, rtol=1e-4, atol=1e-7)
