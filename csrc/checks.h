@@ -105,8 +105,8 @@ class Table {
     }
     TORCH_CHECK_VALUE(position == strides.size(), "strides has ", strides.size(), " entries for ", position,
                       " dimensions");
-    if (grads) check_distinct(*grads);
-    if (grads) {  // after every check has passed
+    if (grads) {
+      check_distinct(*grads);  // the last check: gradients may be touched from here on
       for (size_t i = 0; i < n; ++i) {
         const at::Tensor& g = (*grads)[i];
         if (is_dense(g) && same_order(g, laid_of_grad_[i])) {

@@ -83,7 +83,7 @@ class EWCLoss:
         self._state = EWCState(mode, gamma, fisher_dtype, anchor_dtype)
         self._selection = None if params is None else name_parameters(model, params)
         self._said: set[str] = set()
-        self._selected = self._select()
+        self._selected, _, _ = self._select()
         if backend == "native" and self._selected:
             ops.use_native(next(iter(self._selected.values())).device, backend)
         self._mean_fisher = 0.0
@@ -178,8 +178,9 @@ class EWCLoss:
         """theta* by parameter name, likewise."""
         return self._state.anchor
 
-    def _select(self) -> dict[str, nn.Parameter]:
-        selected, _, _ = select_parameters(self.model, self._selection)
+    def _select(self) -> tuple[dict[str, nn.Parameter], frozenset[str], frozenset[str]]:
+        """The parameters to protect, the names of the others, and those of the buffers, as they are now."""
+        selected, others, buffers = select_parameters(self.model, self._selection)
         for name, p in selected.items():
             if p.dtype not in _PARAMETER_DTYPES:
                 raise TypeError(
@@ -187,7 +188,7 @@ class EWCLoss:
                 )
         if not selected:
             self._say_once("no parameter to protect requires grad: the penalty has no effect")
-        return selected
+        return selected, others, buffers
 
     def _frozen(self) -> dict[str, nn.Parameter]:
         """Parameters that do not require grad now, by the model's own names; what is known of them is kept."""
@@ -222,8 +223,8 @@ class EWCLoss:
             raise ValueError("consolidate takes either a loader or fisher=, one of the two")
         if fisher is not None and estimate:
             raise ValueError(f"{', '.join(estimate)}: only with a loader; a given Fisher is taken as it is")
-        params = self._selected = self._select()
-        _, others, buffers = select_parameters(self.model, self._selection)
+        params, others, buffers = self._select()
+        self._selected = params
         if not params:
             raise ValueError("no parameter to protect requires grad: nothing to consolidate")
         for name, p in params.items():
@@ -289,7 +290,7 @@ class EWCLoss:
         Raises:
             ValueError: It is no EWC state, of another mode or gamma, or of another model. The state is as it was then.
         """
-        self._selected = self._select()
+        self._selected, _, _ = self._select()
         with torch.inference_mode(False):
             self._state.load_state_dict(state, {**self._selected, **self._frozen()})
             self._state_changed()
@@ -583,7 +584,7 @@ class EWCLoss:
         if self.is_attached(optimizer):
             raise ValueError("this EWCLoss is attached to this optimizer already: remove() the first handle")
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._selected = self._select()
+        self._selected, _, _ = self._select()
         mine = stepped & {id(p) for p in self._selected.values()}
         if self._selected and not mine:
             self._say_once(NOT_IN_OPTIMIZER)

@@ -43,10 +43,11 @@ class Part:
     def subset(self, chosen: list[int], *, maximize: bool = False) -> Part:
         """The same state, of some of the parameters."""
         q, slots = self.quadratic, [self.slots[i] for i in chosen]
+        index = torch.tensor(chosen, dtype=torch.long, device=q.anchor.device)
         quadratic = q._replace(
             offsets=[s.offset for s in slots],
             strides=[stride for s in slots for stride in s.strides],
-            constant=None if q.constant is None else q.constant[torch.tensor(chosen, device=q.anchor.device).long()],
+            constant=None if q.constant is None else q.constant[index],
         )
         params, rows = [self.params[i] for i in chosen], [self.rows[i] for i in chosen]
         return replace(self, params=params, rows=rows, slots=slots, quadratic=quadratic, maximize=maximize)
@@ -67,8 +68,9 @@ PartResult = tuple[Part, PenaltyResult]
 
 def split_by_grad_dtype(part: Part, error: Exception) -> list[Part]:
     """A part that the op refused, cut where its gradients' dtypes differ. Raises ``error`` if that was no reason."""
+    device = part.quadratic.anchor.device
     protected = zip(part.protected(part.params), part.slots, strict=True)
-    if not all(p.dtype is part.dtype and same_memory_order(p, slot.strides) for p, slot in protected):
+    if not all(p.dtype is part.dtype and p.device == device and same_memory_order(p, s.strides) for p, s in protected):
         raise error  # no half of it may run before the state has followed
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, p in enumerate(part.params):

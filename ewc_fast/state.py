@@ -216,17 +216,17 @@ class EWCState:
             ValueError: A shape does not fit or changed by more than added rows, a Fisher entry is negative, NaN or
                 infinite, or an anchor is not finite. Nothing has been written then.
         """
-        known = {s.name: s.shape for g in self.groups for s in g.group.slots}
+        known = self.fisher  # once: it is made anew at every access
         for name, p in params.items():
             if name in known:
-                protected_part(name, p, known[name])
+                protected_part(name, p, known[name].shape)
             _check_entry("Fisher", name, fisher[name], p, non_negative=True)
             _check_entry("anchor", name, anchor[name], p, non_negative=False)
-            self._check_range(name, p, fisher[name], anchor[name])
+            self._check_range(name, p, fisher[name], anchor[name], known.get(name))
         laid = dict(params)
         for name, p in (frozen or {}).items() if self.mode != "latest" else ():
             if name in known:
-                laid[name] = protected_part(name, p, known[name])
+                laid[name] = protected_part(name, p, known[name].shape)
         merging = self.mode == "separate" and self.num_tasks > 0
         if merging or not self.matches(laid):
             self._relay(laid, widen_anchor=merging)
@@ -238,14 +238,14 @@ class EWCState:
                     slot.view(g.fisher).mul_(self.gamma)
         self.num_tasks += 1
 
-    def _check_range(self, name: str, p: Tensor, fisher: Tensor, anchor: Tensor) -> None:
+    def _check_range(self, name: str, p: Tensor, fisher: Tensor, anchor: Tensor, old_fisher: Tensor | None) -> None:
         """Raises where the state's dtypes would overflow. A sum of Fishers is bounded by the sum of their maxima."""
         if not p.numel():
             return
         own = torch.float32 if p.dtype == torch.float16 else p.dtype
         largest = float(fisher.max())
-        if self.mode != "latest" and name in self.fisher:
-            largest += self.gamma * float(self.fisher[name].max())
+        if self.mode != "latest" and old_fisher is not None and old_fisher.numel():
+            largest += self.gamma * float(old_fisher.max())
         for what, wanted, value in (
             ("Fisher", self.fisher_dtype, largest),
             ("anchor", self.anchor_dtype, float(anchor.abs().max())),
@@ -284,8 +284,8 @@ class EWCState:
             "num_tasks": self.num_tasks,
             "info": self.info,
             "constant": self.constants,
-            "fisher": {name: t.contiguous().clone() for name, t in self.fisher.items()},
-            "anchor": {name: t.contiguous().clone() for name, t in self.anchor.items()},
+            "fisher": {name: t.clone(memory_format=torch.contiguous_format) for name, t in self.fisher.items()},
+            "anchor": {name: t.clone(memory_format=torch.contiguous_format) for name, t in self.anchor.items()},
         }
 
     @torch.no_grad()
