@@ -181,6 +181,8 @@ def build_parameters(environ: Mapping[str, str], tools: Toolchain | None, root: 
     # only one in the process, so that torch.set_num_threads holds here too. Clang needs another runtime.
     if tools.torch_openmp and sys.platform == "linux" and "clang" not in tools.compiler.lower():
         cxx_flags.append("-fopenmp")
+    else:
+        cxx_flags.append("-fopenmp-simd")  # no threads, but the loops' pragmas: without them sums are not vectorised
     folders = ["csrc/*.cpp", "csrc/cpu/*.cpp"]
     nvcc_flags: list[str] = []
     arch_list = ""

@@ -1,5 +1,5 @@
 // ewc_fast._C: what was built, and for which machine. Importing it is what loads the library, and so registers the ops
-// of schema.cpp; the ops themselves are reached through torch.ops, never through this module.
+// of schema.cpp. The ops are reached through torch.ops; the one that every step calls also from here (direct.cpp).
 //
 // Plain pybind11: torch/extension.h would make this the slowest file of the build.
 #include <pybind11/pybind11.h>
@@ -13,6 +13,7 @@
 #endif
 
 #include "cpu/clones.h"
+#include "direct.h"
 
 #define EWC_STRING_(...) #__VA_ARGS__
 #define EWC_STRING(...) EWC_STRING_(__VA_ARGS__)
@@ -97,4 +98,6 @@ PYBIND11_MODULE(_C, m) {
         "Compiler, C++ standard, OpenMP, CUDA version and architectures (None and '' without CUDA), debug.");
   m.def("cpu_capability", &cpu_capability, "Instruction set in use: 'x86-64-v4', 'x86-64-v3' or 'default'.");
   m.def("openmp_threads", &openmp_threads, "Threads that an OpenMP loop of this library gets; None without OpenMP.");
+  m.add_object("penalty_accumulate_", py::reinterpret_steal<py::object>(
+                                          PyCFunction_NewEx(&ewc::direct_penalty_accumulate, nullptr, nullptr)));
 }

@@ -91,10 +91,11 @@ struct Store<bf16> {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(value.bits) : "f"(static_cast<float>(x)));
     return value;
 #else
-    const uint32_t bits = bit_cast<uint32_t>(static_cast<float>(x));
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t nan = (bits >> 16) | 0x40u;  // keeps a NaN a NaN: rounding could carry it into infinity
-    return bf16{static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+    const float value = static_cast<float>(x);
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    // Rounding could carry a NaN into infinity. Selected at 32 bits: at 16 the vector code packs and unpacks once more.
+    return bf16{static_cast<uint16_t>((value != value ? 0x7fc00000u : rounded) >> 16)};
 #endif
   }
 };

@@ -10,10 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ewc_fast.ops.memory import memory_strides
-
-# Slices of the flat buffers start at multiples of so many elements: 64 bytes in the narrowest state type there may be.
-ALIGNMENT = 64
+from ewc_fast.ops.memory import aligned, memory_strides
 
 
 def wrapper_prefix(module: nn.Module) -> str | None:
@@ -188,11 +185,7 @@ class Group:
     @property
     def numel(self) -> int:
         """Length of the flat buffers, alignment gaps included."""
-        return sum(_aligned(slot.numel) for slot in self.slots)
-
-
-def _aligned(numel: int) -> int:
-    return -(-numel // ALIGNMENT) * ALIGNMENT
+        return sum(aligned(slot.numel) for slot in self.slots)
 
 
 def make_groups(params: Mapping[str, Tensor]) -> list[Group]:
@@ -213,6 +206,6 @@ def make_groups(params: Mapping[str, Tensor]) -> list[Group]:
         for name in names:
             p = params[name]
             slots.append(Slot(name, p.shape, memory_strides(p), offset))
-            offset += _aligned(p.numel())
+            offset += aligned(p.numel())
         groups.append(Group(device, dtype, tuple(slots)))
     return groups

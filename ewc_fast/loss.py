@@ -426,7 +426,7 @@ class EWCLoss:
             return [(part, result)]
 
         results = self._run(self._parts, op)
-        self._record(None, results)
+        self._record(None, [(part, r._replace(penalty=r.penalty.detach())) for part, r in results])
         if not results:
             return self._zero(requires_grad=with_graph)
         if with_graph and not torch.compiler.is_compiling():
@@ -465,18 +465,18 @@ class EWCLoss:
             grads: list[Tensor] = []
             fresh = []
             for p in part.params:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
+                grad = p.grad
+                if grad is None:
+                    p.grad = grad = torch.zeros_like(p)
                     fresh.append(p)
-                grads.append(p.grad)
-            device = part.quadratic.anchor.device
+                grads.append(grad)
             try:
                 result = ops.penalty_accumulate_(
                     params,
                     part.protected(grads),
                     part.quadratic,
-                    None if grad_scale is None else grad_scale.to(device, non_blocking=True),
-                    None if found_inf is None else found_inf.to(device, non_blocking=True),
+                    None if grad_scale is None else grad_scale.to(part.quadratic.anchor.device, non_blocking=True),
+                    None if found_inf is None else found_inf.to(part.quadratic.anchor.device, non_blocking=True),
                     part.maximize,
                     backend=self.backend,
                 )
@@ -504,16 +504,15 @@ class EWCLoss:
     # ---- what the newest pass said ----
 
     def _record(self, key: Hashable, results: list[PartResult]) -> None:
-        detached = [(part, PenaltyResult(r.penalty.detach(), r.predicted, r.by_tensor)) for part, r in results]
         if key is None:
-            self._newest = {None: detached}
+            self._newest = {None: results}
             return
         # Other optimizers' passes still count, for the parameters that this one has not.
         names = {slot.name for part, _ in results for slot in part.slots} if self._newest.keys() - {key} else set()
         for other, earlier in list(self._newest.items()):
             if other is None or any(slot.name in names for part, _ in earlier for slot in part.slots):
                 del self._newest[other]
-        self._newest[key] = detached
+        self._newest[key] = results
 
     def _results(self) -> list[PartResult]:
         return [result for results in self._newest.values() for result in results]
@@ -604,7 +603,7 @@ class EWCLoss:
         return any(handle.optimizer is optimizer for handle in self._handles)
 
     def _is_attached(self) -> bool:
-        return any(handle.optimizer is not None for handle in self._handles)
+        return len(self._handles) > 0 and any(handle.optimizer is not None for handle in self._handles)
 
     def _detach(self, handle: AttachHandle) -> None:
         if handle in self._handles:

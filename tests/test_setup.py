@@ -205,9 +205,14 @@ def test_a_wheel_holds_what_the_build_was(mode, tmp_path):
     leftovers = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "ewc_fast", tree / "ewc_fast", ignore=leftovers)
     (tree / "ewc_fast" / "_build_info.json").write_text('{"kind": "left by an earlier build"}')
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc/bindings.cpp", "csrc/cpu/clones.h"):
+    files = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+    for name in (*files, "csrc/bindings.cpp", "csrc/direct.h", "csrc/cpu/clones.h"):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tree / name)
+    (tree / "csrc" / "direct.cpp").write_text(
+        '#include "direct.h"\n'
+        'PyMethodDef ewc::direct_penalty_accumulate = {"left_out", nullptr, METH_NOARGS, nullptr};\n'
+    )
     command = [
         sys.executable,
         "-m",

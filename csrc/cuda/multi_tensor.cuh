@@ -20,9 +20,9 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // Blocks that a multiprocessor holds at once: kernels are compiled for it, grids sized to it. 3 leave a thread 80
-// registers, 2 leave it 128.
+// registers, 2 leave it 128, which fp64 arithmetic and types known only at run time need.
 constexpr int kBlocksPerMultiprocessor = 3;
-constexpr int kBlocksPerMultiprocessorAny = 2;
+constexpr int kBlocksPerMultiprocessorWide = 2;
 
 // Between them the threads of a block take kVector elements each in turn, so that this is what one sums in fp32.
 static_assert(kChunk / kThreads < kBlock, "an fp32 sum would be longer than kBlock");
@@ -66,13 +66,14 @@ EWC_DEVICE void with_type(Dtype dtype, Fn fn) {
 // stay in the L2 cache as far as they fit.
 enum class Cache { kKeep, kStream };
 
-// One operand of a chunk, kVector elements at a time: kAligned in 16-byte words (for Any: in up to 16 bytes), else
-// element by element. Either way a thread gets the same elements, so that sums do not depend on alignment.
-template <typename S, typename M, int kVector, Cache cache>
+// One operand of a chunk, n elements at a time: kAligned in 16-byte words (for Any: in up to 16 bytes), else element by
+// element.
+template <typename S, typename M, Cache cache>
 class Stream {
  public:
+  template <int n>
   struct Raw {
-    S at[kVector];
+    S at[n];
   };
 
   EWC_DEVICE Stream(const void* tensor, int64_t start, Dtype)
@@ -80,42 +81,43 @@ class Stream {
 
   EWC_DEVICE bool aligned() const { return reinterpret_cast<uintptr_t>(data_) % 16 == 0; }
 
-  template <bool kAligned>
-  EWC_DEVICE void load(Raw& raw, int i) const {
+  template <bool kAligned, int n>
+  EWC_DEVICE void load(Raw<n>& raw, int i) const {
     if (kAligned) {
-      const Word* from = reinterpret_cast<const Word*>(data_ + i);
+      const Word<n>* from = reinterpret_cast<const Word<n>*>(data_ + i);
 #pragma unroll
-      for (int k = 0; k < kWords; ++k) {
-        const Word word = cache == Cache::kStream ? __ldcs(from + k) : from[k];
-        memcpy(reinterpret_cast<char*>(raw.at) + k * sizeof(Word), &word, sizeof(Word));
+      for (int k = 0; k < kWords<n>; ++k) {
+        const Word<n> word = cache == Cache::kStream ? __ldcs(from + k) : from[k];
+        memcpy(reinterpret_cast<char*>(raw.at) + k * sizeof(word), &word, sizeof(word));
       }
     } else {  // other loads take the neighbours in the cache line: it has to stay
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) raw.at[j] = data_[i + j];
+      for (int j = 0; j < n; ++j) raw.at[j] = data_[i + j];
     }
   }
 
-  EWC_DEVICE void unpack(const Raw& raw, M (&to)[kVector]) const {
+  template <int n>
+  EWC_DEVICE void unpack(const Raw<n>& raw, M (&to)[n]) const {
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) to[j] = load_as<M>(raw.at[j]);
+    for (int j = 0; j < n; ++j) to[j] = load_as<M>(raw.at[j]);
   }
 
-  template <bool kAligned>
-  EWC_DEVICE void store(const M (&from)[kVector], int i) const {
-    Raw raw;
+  template <bool kAligned, int n>
+  EWC_DEVICE void store(const M (&from)[n], int i) const {
+    Raw<n> raw;
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) raw.at[j] = Store<S>::from(from[j]);
+    for (int j = 0; j < n; ++j) raw.at[j] = Store<S>::from(from[j]);
     if (kAligned) {
-      Word* to = reinterpret_cast<Word*>(data_ + i);
+      Word<n>* to = reinterpret_cast<Word<n>*>(data_ + i);
 #pragma unroll
-      for (int k = 0; k < kWords; ++k) {
-        Word word;
-        memcpy(&word, reinterpret_cast<const char*>(raw.at) + k * sizeof(Word), sizeof(Word));
-        __stwb(to + k, word);  // an assignment may become stores of 4 bytes
+      for (int k = 0; k < kWords<n>; ++k) {
+        Word<n> word;
+        memcpy(&word, reinterpret_cast<const char*>(raw.at) + k * sizeof(word), sizeof(word));
+        to[k] = word;
       }
     } else {
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) data_[i + j] = raw.at[j];
+      for (int j = 0; j < n; ++j) data_[i + j] = raw.at[j];
     }
   }
 
@@ -123,18 +125,21 @@ class Stream {
   EWC_DEVICE void put(M x, int i) const { data_[i] = Store<S>::from(x); }
 
  private:
-  static constexpr int kBytes = kVector * static_cast<int>(sizeof(S));
-  using Word = std::conditional_t<kBytes % 16 == 0, uint4, std::conditional_t<kBytes == 8, uint2, unsigned>>;
-  static constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
+  template <int n>
+  using Word = std::conditional_t<n * sizeof(S) % 16 == 0, uint4,
+                                  std::conditional_t<n * sizeof(S) == 8, uint2, unsigned>>;
+  template <int n>
+  static constexpr int kWords = static_cast<int>(n * sizeof(S) / sizeof(Word<n>));
 
   S* data_;
 };
 
-template <typename M, int kVector, Cache cache>
-class Stream<Any, M, kVector, cache> {
+template <typename M, Cache cache>
+class Stream<Any, M, cache> {
  public:
+  template <int n>
   struct Raw {
-    uint4 words[kVector * sizeof(double) / sizeof(uint4)];
+    uint4 words[n * sizeof(double) / sizeof(uint4)];
   };
 
   EWC_DEVICE Stream(const void* tensor, int64_t start, Dtype dtype) : tensor_(tensor), start_(start), dtype_(dtype) {}
@@ -146,25 +151,26 @@ class Stream<Any, M, kVector, cache> {
   }
 
   // Not converted before all operands are on their way.
-  template <bool kAligned>
-  EWC_DEVICE void load(Raw& raw, int i) const {
+  template <bool kAligned, int n>
+  EWC_DEVICE void load(Raw<n>& raw, int i) const {
     visit([&](auto stream) {
-      typename decltype(stream)::Raw typed;
+      typename decltype(stream)::template Raw<n> typed;
       stream.template load<kAligned>(typed, i);
       memcpy(&raw, &typed, sizeof(typed));
     });
   }
 
-  EWC_DEVICE void unpack(const Raw& raw, M (&to)[kVector]) const {
+  template <int n>
+  EWC_DEVICE void unpack(const Raw<n>& raw, M (&to)[n]) const {
     visit([&](auto stream) {
-      typename decltype(stream)::Raw typed;
+      typename decltype(stream)::template Raw<n> typed;
       memcpy(&typed, &raw, sizeof(typed));
       stream.unpack(typed, to);
     });
   }
 
-  template <bool kAligned>
-  EWC_DEVICE void store(const M (&from)[kVector], int i) const {
+  template <bool kAligned, int n>
+  EWC_DEVICE void store(const M (&from)[n], int i) const {
     visit([&](auto stream) { stream.template store<kAligned>(from, i); });
   }
 
@@ -180,9 +186,7 @@ class Stream<Any, M, kVector, cache> {
  private:
   template <typename Fn>
   EWC_DEVICE void visit(Fn fn) const {
-    with_type(dtype_, [&](auto storage) {
-      fn(Stream<decltype(storage), M, kVector, cache>(tensor_, start_, dtype_));
-    });
+    with_type(dtype_, [&](auto storage) { fn(Stream<decltype(storage), M, cache>(tensor_, start_, dtype_)); });
   }
 
   const void* tensor_;
@@ -209,7 +213,7 @@ EWC_DEVICE double2 warp_sum(double2 mine) {
   return mine;
 }
 
-// The result is thread 0's. All threads must come.
+// The result is thread 0's. All threads must come, and meet at a barrier before the next sum.
 EWC_DEVICE double2 block_sum(double2 mine) {
   __shared__ double2 of_warp[kWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -217,24 +221,29 @@ EWC_DEVICE double2 block_sum(double2 mine) {
   if (lane == 0) of_warp[warp] = mine;
   __syncthreads();
   if (warp == 0) mine = warp_sum(lane < kWarps ? of_warp[lane] : make_double2(0, 0));
-  __syncthreads();  // the next sum writes of_warp
   return mine;
 }
 
-// Whether this block is the launch's last to come here; it then sees what thread 0 of every other one has written, if
-// it reads past its L1 cache. The counter wraps to 0 by itself.
-EWC_DEVICE bool is_last_block(unsigned* counter) {
+// The chunk that a block works on next, for thread 0 to ask as soon as the one before is begun: then the answer is there
+// in time. A block starts with the chunk of its own number and takes from then on what is next: multiprocessors are not
+// equally fast (those of a smaller cluster have more of its bandwidth each), and chunks are not equally long.
+EWC_DEVICE uint32_t next_chunk(Counters& counters) { return gridDim.x + atomicAdd(&counters.taken, 1u); }
+
+// Whether this block is the launch's last to come here, with no chunk left; it then sees what thread 0 of every other one
+// has written, if it reads past its L1 cache. The counters are 0 again.
+EWC_DEVICE bool is_last_block(Counters& counters) {
   __shared__ bool last;
   if (threadIdx.x == 0) {
     __threadfence();
-    last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;
+    last = atomicInc(&counters.finished, gridDim.x - 1) == gridDim.x - 1;
     __threadfence();
+    if (last) counters.taken = 0;
   }
   __syncthreads();
   return last;
 }
 
-// Enough blocks to fill the device, which then walk the chunks; one where there is no chunk.
+// Enough blocks to fill the device; one where there is no chunk.
 inline unsigned grid_size(int64_t chunks, int64_t resident) {
   const int64_t blocks = chunks < resident ? chunks : resident;
   return static_cast<unsigned>(blocks > 1 ? blocks : 1);

@@ -16,11 +16,25 @@ struct PenaltyArguments {
 };
 static_assert(sizeof(PenaltyArguments) <= kParameterBytes, "too large for the kernel's parameters");
 
-// One for each stream that has launched eagerly on the device; zero from the start.
-__device__ unsigned static_counters[kStaticCounters];
+// Zero from the start. Each .cu has its own.
+__device__ Counters static_counters[kStreamCounters + kCaptureCounters];
 
-// Bytes of operands that a thread requests before it waits: 3 blocks of 256 threads have 96 KB on the way in each
-// multiprocessor, where Hopper's memory wants about 40.
+EWC_DEVICE Counters& counters_of(const PenaltyLaunch& launch) {
+  return launch.counters.address != nullptr ? *launch.counters.address : static_counters[launch.counters.index];
+}
+
+// Bytes of operands that a thread requests before it waits, at most. By Little's law the memory of an H100 is busy with
+// 3.35 TB/s * 0.7 us = 2.3 MB on the way, 18 KB in each multiprocessor; under load the latency is twice that, and so
+// about 40 KB are wanted. In a multiprocessor there are, at most, in KB (tests/native/check_cuda.py asserts it):
+//
+//   parameter, gradient   anchor, Fisher   value   write   accumulate
+//   fp32                  fp32                72      72           96
+//   fp32                  fp32 and bf16       60      60           84
+//   fp32                  bf16                96      96           72
+//   bf16, fp16            fp32                60      60           72
+//   bf16, fp16            fp32 and bf16       96      96           60
+//   bf16, fp16            bf16                72      72           96
+//   fp64 (2 blocks)       fp64                48      48           64
 constexpr int kBytesInFlight = 128;
 
 // How a kernel for these storage types moves: kVector elements, so that the narrowest takes 16 bytes, kUnroll times.
@@ -31,18 +45,20 @@ struct Moves {
   static constexpr int kBytes =
       kVector * static_cast<int>(sizeof(P) + sizeof(A) + sizeof(F) + (mode == Mode::kAccumulate ? sizeof(G) : 0));
   static constexpr int kUnroll = kBytesInFlight / kBytes > 1 ? kBytesInFlight / kBytes : 1;
-  static constexpr int kBlocks = kBlocksPerMultiprocessor;
+  static constexpr int kBlocks = sizeof(M) == 8 ? kBlocksPerMultiprocessorWide : kBlocksPerMultiprocessor;
 };
 template <Mode mode, typename M>
 struct Moves<mode, M, Any, Any, Any, Any> {
   static constexpr int kVector = 16 / sizeof(M);
   static constexpr int kUnroll = 1;
-  static constexpr int kBlocks = kBlocksPerMultiprocessorAny;
+  static constexpr int kBlocks = kBlocksPerMultiprocessorWide;
 };
 
-// At most kChunk elements. acts: whether the gradient is touched (kAccumulate) or more than zeros (kWrite).
-template <Mode mode, int kVector, int kUnroll, bool kAligned, typename M, typename P, typename G, typename A,
-          typename F>
+// At most kChunk elements. acts: whether the gradient is touched (kAccumulate) or more than zeros (kWrite). A thread takes
+// kVector elements at a time, kPiece of them at once; which ones, and in what order, does not depend on the alignment,
+// and so neither do the sums.
+template <Mode mode, int kVector, int kPiece, int kUnroll, bool kAligned, typename M, typename P, typename G,
+          typename A, typename F>
 EWC_DEVICE void penalty_chunk(const P& p, const G& g, const A& a, const F& f, int n, M delta, M factor, bool acts,
                               M& weighted, M& squared) {
   const bool reads = mode == Mode::kAccumulate && acts;
@@ -59,32 +75,35 @@ EWC_DEVICE void penalty_chunk(const P& p, const G& g, const A& a, const F& f, in
   constexpr int kStride = kThreads * kVector;
 #pragma unroll 1
   for (int i = threadIdx.x * kVector; i < whole; i += kUnroll * kStride) {
-    typename P::Raw raw_p[kUnroll];
-    typename G::Raw raw_g[kUnroll];
-    typename A::Raw raw_a[kUnroll];
-    typename F::Raw raw_f[kUnroll];
+#pragma unroll 1
+    for (int piece = 0; piece < kVector; piece += kPiece) {
+      typename P::template Raw<kPiece> raw_p[kUnroll];
+      typename G::template Raw<kPiece> raw_g[kUnroll];
+      typename A::template Raw<kPiece> raw_a[kUnroll];
+      typename F::template Raw<kPiece> raw_f[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int at = i + u * kStride;
-      if (at < whole) {
-        p.template load<kAligned>(raw_p[u], at);
-        a.template load<kAligned>(raw_a[u], at);
-        f.template load<kAligned>(raw_f[u], at);
-        if (reads) g.template load<kAligned>(raw_g[u], at);
+      for (int u = 0; u < kUnroll; ++u) {
+        const int at = i + u * kStride + piece;
+        if (u == 0 || i + u * kStride < whole) {
+          p.template load<kAligned>(raw_p[u], at);
+          a.template load<kAligned>(raw_a[u], at);
+          f.template load<kAligned>(raw_f[u], at);
+          if (reads) g.template load<kAligned>(raw_g[u], at);
+        }
       }
-    }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int at = i + u * kStride;
-      if (at < whole) {
-        M parameter[kVector], anchor[kVector], fisher[kVector], gradient[kVector] = {};
-        p.unpack(raw_p[u], parameter);
-        a.unpack(raw_a[u], anchor);
-        f.unpack(raw_f[u], fisher);
-        if (reads) g.unpack(raw_g[u], gradient);
+      for (int u = 0; u < kUnroll; ++u) {
+        const int at = i + u * kStride + piece;
+        if (u == 0 || i + u * kStride < whole) {
+          M parameter[kPiece], anchor[kPiece], fisher[kPiece], gradient[kPiece] = {};
+          p.unpack(raw_p[u], parameter);
+          a.unpack(raw_a[u], anchor);
+          f.unpack(raw_f[u], fisher);
+          if (reads) g.unpack(raw_g[u], gradient);
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) element(parameter[j], anchor[j], fisher[j], gradient[j]);
-        if (writes) g.template store<kAligned>(gradient, at);
+          for (int j = 0; j < kPiece; ++j) element(parameter[j], anchor[j], fisher[j], gradient[j]);
+          if (writes) g.template store<kAligned>(gradient, at);
+        }
       }
     }
   }
@@ -96,21 +115,25 @@ EWC_DEVICE void penalty_chunk(const P& p, const G& g, const A& a, const F& f, in
   }
 }
 
-// Requested at once by a lane: one after the other, the slots of a large tensor would cost a memory latency each.
-constexpr int kSlotsInFlight = 4;
+// Requested at once by a lane: one after the other, the slots of a large tensor would cost a memory latency each. A
+// warp has 4 KB on the way, so that the 8,000 slots of the largest embeddings (260M parameters) take 32 latencies.
+constexpr int kSlotsInFlight = 8;
 
 // Rows of by_tensor from the slots, a warp for each tensor; after the last launch the totals. All in fixed order.
 template <typename M>
-EWC_DEVICE void finish(const PenaltyArguments& arguments, double ewc_lambda, double delta) {
+EWC_DEVICE void finish(const PenaltyArguments& arguments) {
   const auto& [launch, first_row, last_launch, table] = arguments;
+  const double ewc_lambda = read(launch.ewc_lambda, 0, 0.0), delta = read(launch.delta, 0, 0.0);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   double* values = launch.by_tensor;
   double* forgetting = launch.by_tensor + launch.num_tensors;
+#pragma unroll 1
   for (int t = warp; t < table.size; t += kWarps) {
     const uint32_t begin = table.first[t], end = t + 1 < table.size ? table.first[t + 1] : table.chunks;
     const int64_t row = first_row + t;
     const double constant = read(launch.constant, row, 0.0), scale = read(launch.scale, row, 1.0);
     double2 mine = make_double2(0, 0);
+#pragma unroll 1
     for (uint32_t slot = begin + lane; slot < end; slot += kSlotsInFlight * kWarp) {
       double2 parts[kSlotsInFlight];
 #pragma unroll
@@ -147,42 +170,43 @@ __global__ void __launch_bounds__(kThreads, Moves<mode, M, P, G, A, F>::kBlocks)
     penalty_kernel(const __grid_constant__ PenaltyArguments arguments) {
   using Move = Moves<mode, M, P, G, A, F>;
   constexpr int kVector = Move::kVector, kUnroll = Move::kUnroll;
+  constexpr int kPiece = kVector < 4 ? kVector : 4;  // misaligned: more loads of one element would spill
   const PenaltyLaunch& launch = arguments.launch;
   const auto& table = arguments.table;
 
-  const double ewc_lambda = read(launch.ewc_lambda, 0, 0.0), delta = read(launch.delta, 0, 0.0);
-  const double loss_scale = read(launch.grad_scale, 0, 1.0);
+  const double ewc_lambda = read(launch.ewc_lambda, 0, 0.0), loss_scale = read(launch.grad_scale, 0, 1.0);
+  const M delta = static_cast<M>(read(launch.delta, 0, 0.0));
   const bool acts = ewc_lambda != 0.0 && read(launch.found_inf, 0, 0.0) == 0.0;
 
-  for (uint32_t chunk = blockIdx.x; chunk < table.chunks; chunk += gridDim.x) {
+  __shared__ uint32_t next;
+  for (uint32_t chunk = blockIdx.x; chunk < table.chunks; chunk = next) {
+    const uint32_t taken = threadIdx.x == 0 ? next_chunk(counters_of(launch)) : 0;
     const int64_t t = tensor_of_chunk(table.first, table.size, chunk);
-    const int64_t start = (chunk - table.first[t]) * kChunk, left = table.numel[t] - start;
-    const int n = static_cast<int>(left < kChunk ? left : kChunk);
+    const int64_t start = (chunk - table.first[t]) * launch.chunk, left = table.numel[t] - start;
+    const int n = static_cast<int>(left < launch.chunk ? left : launch.chunk);
     const int64_t at = table.offset[t] + start;
     const double scale = read(launch.scale, arguments.first_row + t, 1.0);
     const M factor = static_cast<M>(gradient_factor(ewc_lambda, scale, loss_scale, launch.maximize));
 
-    const Stream<P, M, kVector, Cache::kKeep> p(table.data[0][t], start, launch.param_dtype);
-    const Stream<G, M, kVector, Cache::kKeep> g(table.data[mode == Mode::kValue ? 0 : 1][t], start, launch.grad_dtype);
-    const Stream<A, M, kVector, Cache::kStream> a(launch.anchor, at, launch.anchor_dtype);
-    const Stream<F, M, kVector, Cache::kStream> f(launch.fisher, at, launch.fisher_dtype);
+    const Stream<P, M, Cache::kKeep> p(table.data[0][t], start, launch.param_dtype);
+    const Stream<G, M, Cache::kKeep> g(table.data[mode == Mode::kValue ? 0 : 1][t], start, launch.grad_dtype);
+    const Stream<A, M, Cache::kStream> a(launch.anchor, at, launch.anchor_dtype);
+    const Stream<F, M, Cache::kStream> f(launch.fisher, at, launch.fisher_dtype);
     M weighted = 0, squared = 0;
     const bool aligned = p.aligned() && g.aligned() && a.aligned() && f.aligned();
     if (aligned) {
-      penalty_chunk<mode, kVector, kUnroll, true>(p, g, a, f, n, static_cast<M>(delta), factor, acts, weighted,
-                                                  squared);
+      penalty_chunk<mode, kVector, kVector, kUnroll, true>(p, g, a, f, n, delta, factor, acts, weighted, squared);
     } else {
-      penalty_chunk<mode, kVector, 1, false>(p, g, a, f, n, static_cast<M>(delta), factor, acts, weighted,
-                                                   squared);
+      penalty_chunk<mode, kVector, kPiece, 1, false>(p, g, a, f, n, delta, factor, acts, weighted, squared);
     }
     const double2 total = block_sum(make_double2(weighted, squared));
-    if (threadIdx.x == 0) launch.slots[chunk] = total;
+    if (threadIdx.x == 0) {
+      launch.slots[chunk] = total;
+      next = taken;  // all threads are past block_sum's barrier, and so have read the last one
+    }
+    __syncthreads();
   }
-
-  const Counter counter = launch.counter;
-  if (is_last_block(counter.address != nullptr ? counter.address : &static_counters[counter.index])) {
-    finish<M>(arguments, ewc_lambda, delta);
-  }
+  if (is_last_block(counters_of(launch))) finish<M>(arguments);
 }
 
 struct PenaltyKernel {
@@ -249,7 +273,7 @@ cudaError_t launch_penalty(const PenaltyLaunch& launch, cudaStream_t stream) {
       table.offset[table.size] = entry.offset;
       table.numel[table.size] = entry.numel;
       table.first[table.size] = table.chunks;
-      table.chunks += static_cast<uint32_t>(chunk_count(entry.numel));
+      table.chunks += static_cast<uint32_t>(chunk_count(entry.numel, launch.chunk));
     }
     arguments.last = next == launch.num_tensors;
     void* parameters[] = {&arguments};

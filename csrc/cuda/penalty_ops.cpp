@@ -6,10 +6,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <map>
-#include <mutex>
-#include <utility>
-
+#include "counters.h"
 #include "penalty.h"
 #include "penalty_ops.h"
 
@@ -36,24 +33,9 @@ int multiprocessors(at::Device device) {
   return count;
 }
 
-// A stream's launches come one after the other and can share a counter that stays zero between them. A graph may be
-// replayed beside anything, and so has one in its own scratch, set to zero by a node of the graph; so do the launches
-// of streams beyond the static counters.
-Counter counter_for(const c10::cuda::CUDAStream& stream, void* scratch) {
-  cudaStreamCaptureStatus capture{};
-  C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
-  if (capture == cudaStreamCaptureStatusNone) {
-    static std::mutex mutex;
-    static std::map<std::pair<c10::DeviceIndex, c10::StreamId>, int> indices;
-    const std::lock_guard<std::mutex> lock(mutex);
-    const int next = static_cast<int>(indices.size());
-    const auto key = std::make_pair(stream.device_index(), stream.id());
-    const auto known = indices.find(key);
-    if (known != indices.end()) return {nullptr, known->second};
-    if (next < kStaticCounters) return {nullptr, indices[key] = next};
-  }
-  C10_CUDA_CHECK(cudaMemsetAsync(scratch, 0, sizeof(unsigned), stream));
-  return {static_cast<unsigned*>(scratch), 0};
+CounterPool& counter_pool() {
+  static CounterPool pool;
+  return pool;
 }
 
 struct Cuda {
@@ -63,8 +45,11 @@ struct Cuda {
     const c10::cuda::CUDAGuard guard(device);
     const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
     const auto& entries = call.table.entries;
-    int64_t chunks = 0;
-    for (const Entry& entry : entries) chunks += chunk_count(entry.numel);
+    int64_t numel = 0, chunks = 0;
+    for (const Entry& entry : entries) numel += entry.numel;
+    const int64_t chunk = chunk_elements(numel);
+    for (const Entry& entry : entries) chunks += chunk_count(entry.numel, chunk);
+    static_assert(sizeof(Counters) == sizeof(double), "the counters' place in the scratch");
     const at::Tensor scratch = at::empty({2 * chunks + 1}, call.anchor.options().dtype(at::kDouble));
     double* slots = scratch.mutable_data_ptr<double>();
     const auto& [penalty, predicted, by_tensor] = call.result;
@@ -89,7 +74,8 @@ struct Cuda {
     launch.predicted = predicted.mutable_data_ptr();
     launch.by_tensor = by_tensor.mutable_data_ptr<double>();
     launch.slots = reinterpret_cast<double2*>(slots);
-    launch.counter = counter_for(stream, slots + 2 * chunks);
+    launch.chunk = chunk;
+    C10_CUDA_CHECK(counter_pool().take(device.index(), stream.id(), stream, slots + 2 * chunks, &launch.counters));
     launch.multiprocessors = multiprocessors(device);
     C10_CUDA_CHECK(launch_penalty<mode>(launch, stream));
   }

@@ -9,7 +9,7 @@ EWC_DEVICE void scale_chunk(const Data& data, int n, M factor) {
   constexpr int kStride = kThreads * kVector;
 #pragma unroll 1
   for (int i = threadIdx.x * kVector; i < whole; i += kUnroll * kStride) {
-    typename Data::Raw raw[kUnroll];
+    typename Data::template Raw<kVector> raw[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (i + u * kStride < whole) data.template load<kAligned>(raw[u], i + u * kStride);
@@ -32,15 +32,14 @@ EWC_DEVICE void scale_chunk(const Data& data, int n, M factor) {
 // Reads and writes each element once: 8 bytes in fp32. Where the factor is 1 it touches none.
 template <typename S>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    scale_kernel(void* buffer, int64_t numel, Scalar factor_) {
+    scale_kernel(void* buffer, int64_t numel, int64_t chunk, Scalar factor_) {
   using M = typename MathOf<S>::type;
   constexpr int kVector = 16 / sizeof(S), kUnroll = 4;
   const double factor = read(factor_, 0, 1.0);
   if (factor == 1.0) return;
-  for (int64_t chunk = blockIdx.x; chunk < chunk_count(numel); chunk += gridDim.x) {
-    const int64_t start = chunk * kChunk, left = numel - start;
-    const int n = static_cast<int>(left < kChunk ? left : kChunk);
-    const Stream<S, M, kVector, Cache::kKeep> data(buffer, start, Dtype{});
+  for (int64_t start = blockIdx.x * chunk; start < numel; start += gridDim.x * chunk) {
+    const int n = static_cast<int>(numel - start < chunk ? numel - start : chunk);
+    const Stream<S, M, Cache::kKeep> data(buffer, start, Dtype{});
     if (data.aligned()) {
       scale_chunk<true, kVector, kUnroll>(data, n, static_cast<M>(factor));
     } else {
@@ -62,8 +61,10 @@ cudaError_t launch_scale(void* data, int64_t numel, Dtype dtype, Scalar factor, 
     case Dtype::kFloat16: kernel = scale_kernel<f16>; break;
   }
   const int64_t resident = static_cast<int64_t>(multiprocessors) * kBlocksPerMultiprocessor;
-  void* parameters[] = {&data, &numel, &factor};
-  return cudaLaunchKernel(kernel, dim3(grid_size(chunk_count(numel), resident)), dim3(kThreads), parameters, 0, stream);
+  int64_t chunk = chunk_elements(numel);
+  void* parameters[] = {&data, &numel, &chunk, &factor};
+  return cudaLaunchKernel(kernel, dim3(grid_size(chunk_count(numel, chunk), resident)), dim3(kThreads), parameters, 0,
+                          stream);
 }
 
 }  // namespace ewc

@@ -33,20 +33,23 @@ class GradientBuffer:
         self._buffer: Tensor | None = None
         self.handed_out = False  # whether a backward has ever asked for the gradient
 
-    def take(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A buffer as long as ``like``, on its device; its content is undefined."""
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A flat buffer of ``numel`` elements; its content is undefined."""
         if torch.compiler.is_compiling():  # the compiler plans memory itself
-            return torch.empty_like(like, dtype=dtype)
+            return torch.empty(numel, dtype=dtype, device=device)
         old = self._buffer
         if (
             old is None
-            or old.shape != like.shape
+            or old.numel() != numel
             or old.dtype != dtype
-            or old.device != like.device
+            or old.device != device
             or _storage_references(old) > _storage_references(torch.empty(0))
         ):
-            self._buffer = old = torch.zeros_like(like, dtype=dtype)
+            self._buffer = old = torch.zeros(numel, dtype=dtype, device=device)
         return old.detach()  # an alias of its own, so that whoever keeps it is counted
+
+
+GradientBuffers = dict[tuple[torch.device, torch.dtype], GradientBuffer]
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
@@ -72,12 +75,22 @@ def _first_derivative_only(gradients: list[Tensor | None]) -> list[Tensor | None
     return [None if g is None else next(given) for g in gradients]
 
 
+def _times(grad: Tensor, grad_output: Tensor, backend: str) -> Tensor:
+    """A saved gradient times ``grad_output``: in place, unless the graph may be walked again."""
+    factor = grad_output.detach().to(grad.device)
+    if torch.compiler.is_compiling() or _graph_is_kept():
+        return (grad * factor).to(grad.dtype)
+    grad = grad.detach()
+    ops.scale_(grad, factor, backend=backend)
+    return grad
+
+
 class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: FlatQuadratic, buffer: GradientBuffer, rows: Sequence[int | None], backend: str, *params: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad = buffer.take(q.anchor, params[0].dtype)
+        grad = buffer.take(q.anchor.numel(), params[0].dtype, q.anchor.device)
         protected = [p if n is None else p[:n] for p, n in zip(params, rows, strict=True)]
         result = ops.penalty_grad(protected, grad, q, backend=backend)
         ctx.save_for_backward(grad)
@@ -91,11 +104,7 @@ class _Penalty(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         if not torch.compiler.is_compiling():
             ctx.buffer.handed_out = True
-        if torch.compiler.is_compiling() or _graph_is_kept():
-            grad = (grad * grad_output.detach()).to(grad.dtype)
-        else:
-            grad = grad.detach()
-            ops.scale_(grad, grad_output, backend=ctx.backend)
+        grad = _times(grad, grad_output, ctx.backend)
         gradients: list[Tensor | None] = []
         position = 0
         for i, (shape, rows) in enumerate(zip(ctx.shapes, ctx.rows, strict=True)):
@@ -164,26 +173,44 @@ def _separate(
 class _SeparatePenalty(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ewc_lambda: Tensor, fisher: Sequence[Tensor], anchor: Sequence[Tensor], backend: str, *params: Tensor
+        ctx: Any,
+        ewc_lambda: Tensor,
+        fisher: Sequence[Tensor],
+        anchor: Sequence[Tensor],
+        buffers: GradientBuffers,
+        backend: str,
+        *params: Tensor,
     ) -> Tensor:
-        gradients = []
+        ctx.places = []
+        lengths: dict[tuple[torch.device, torch.dtype], int] = {}
+        for p in params:
+            key = (p.device, p.dtype)
+            ctx.places.append((key, p.shape, memory.memory_strides(p), lengths.setdefault(key, 0)))
+            lengths[key] += memory.aligned(p.numel())
+        grads = {
+            (device, dtype): buffers.setdefault((device, dtype), GradientBuffer()).take(length, dtype, device)
+            for (device, dtype), length in lengths.items()
+        }
+        places = iter(ctx.places)
 
         def run(p: Tensor, q: FlatQuadratic) -> PenaltyResult:
-            grad = torch.empty_strided(p.shape, memory.memory_strides(p), dtype=p.dtype, device=p.device)
-            gradients.append(grad)
-            return ops.penalty_grad([p], grad.as_strided((p.numel(),), (1,)), q, backend=backend)
+            key, _, _, offset = next(places)
+            return ops.penalty_grad([p], grads[key].narrow(0, offset, p.numel()), q, backend=backend)
 
         total = _separate(params, fisher, anchor, ewc_lambda, run)
-        ctx.save_for_backward(*gradients)
+        ctx.keys, ctx.backend = list(grads), backend
+        ctx.save_for_backward(*grads.values())
         return total.to(result_dtype(params))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        scaled: list[Tensor | None] = []
-        for i, grad in enumerate(ctx.saved_tensors):
-            factor = grad_output.detach().to(grad.device)
-            scaled.append((grad * factor).to(grad.dtype) if ctx.needs_input_grad[4 + i] else None)
-        return (None, None, None, None, *_first_derivative_only(scaled))
+        saved = zip(ctx.keys, ctx.saved_tensors, strict=True)
+        scaled = {key: _times(grad, grad_output, ctx.backend) for key, grad in saved}
+        gradients: list[Tensor | None] = [
+            scaled[key].as_strided(shape, strides, offset) if ctx.needs_input_grad[5 + i] else None
+            for i, (key, shape, strides, offset) in enumerate(ctx.places)
+        ]
+        return (None, None, None, None, None, *_first_derivative_only(gradients))
 
 
 def _is_transformed(params: Sequence[Tensor]) -> bool:
@@ -200,6 +227,7 @@ def separate_penalty(
     fisher: Sequence[Tensor],
     anchor: Sequence[Tensor],
     ewc_lambda: Tensor,
+    buffers: GradientBuffers,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -210,13 +238,14 @@ def separate_penalty(
         fisher: Of the parameters' shapes, on their devices; fp64, fp32 or bf16.
         anchor: Likewise.
         ewc_lambda: 0-dim, fp32 or fp64.
+        buffers: Where the gradients are kept until the backward; filled as needed.
         backend: As in :func:`ewc_fast.ops.penalty.penalty`.
 
     Returns:
         0-dim, fp64 if any parameter is, else fp32; on the first parameter's device.
     """
     if torch.is_grad_enabled() and (any(p.requires_grad for p in params) or _is_transformed(params)):
-        total: Tensor = _SeparatePenalty.apply(ewc_lambda, fisher, anchor, backend, *params)
+        total: Tensor = _SeparatePenalty.apply(ewc_lambda, fisher, anchor, buffers, backend, *params)
         return total
     with torch.no_grad():
         total = _separate(params, fisher, anchor, ewc_lambda, lambda p, q: ops.penalty([p], q, backend=backend))

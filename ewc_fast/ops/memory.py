@@ -7,6 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Slices of flat buffers start at multiples of so many elements: 64 bytes in the narrowest state type there may be.
+ALIGNMENT = 64
+
+
+def aligned(numel: int) -> int:
+    """What a slice of ``numel`` elements takes in a flat buffer, the gap behind it included."""
+    return -(-numel // ALIGNMENT) * ALIGNMENT
+
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory without gaps or overlaps, in whatever order."""

@@ -2,9 +2,13 @@
 
     python tests/native/check_cuda.py
 
-Prints registers, stack frame and spills of each kernel, and fails where a kernel has a stack frame or a spill, where
-one lacks the 16-byte accesses that it is written for (a compiler may split them in silence), or where the bindings do
-not compile against the installed torch (a CPU build will do).
+Prints registers, stack frame, spills and the bytes that a multiprocessor requests at once, and fails where
+
+- a kernel has a stack frame or a spill, or takes so many registers that fewer blocks fit than its grid is sized for;
+- too few bytes are in flight to keep the memory busy;
+- one lacks the 16-byte accesses that it is written for (a compiler may split them in silence), or the hint by which
+  anchor and Fisher leave the cache first;
+- the bindings do not compile against the installed torch (a CPU build will do).
 
 Environment: ``NVCC`` (default: on the PATH, else in ``CUDA_HOME``, else in /usr/local/cuda), ``MAX_JOBS`` (2), and
 ``EWC_FAST_REQUIRE_NVCC=1`` to fail where there is no nvcc.
@@ -25,9 +29,38 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
-# 16-byte loads and stores in the PTX of a kernel, at least: one for each operand, and a penalty's slot takes a store.
-# Kernels for types known only at run time are left out: theirs are narrower on purpose.
-WIDE = {"penalty_kernel<0": (3, 1), "penalty_kernel<1": (3, 2), "penalty_kernel<2": (4, 2), "scale_kernel": (1, 1)}
+# As in csrc/cuda/multi_tensor.cuh and penalty.cuh.
+THREADS = 256
+BYTES_IN_FLIGHT = 128
+SIZES = {"double": 8, "float": 4, "bf16": 2, "f16": 2}
+# Little's law: what the memory of an H100 wants under load, see penalty.cuh.
+LEAST_IN_FLIGHT = 40 * 1024
+
+
+@dataclass(frozen=True)
+class Accesses:
+    """16-byte accesses of a thread, for all that it requests before it waits."""
+
+    loads: int
+    streamed: int  # loads that leave the cache first
+    stores: int
+
+    def lacks(self, wanted: Accesses) -> bool:
+        return self.loads < wanted.loads or self.streamed < wanted.streamed or self.stores < wanted.stores
+
+
+def wanted_accesses(name: str) -> Accesses:
+    """What a kernel is written to do; asserted of its PTX."""
+    arguments = name.partition("<")[2].rstrip(">").split(", ")
+    if name.startswith("scale_kernel"):
+        return Accesses(4, 0, 4)
+    mode = int(arguments[0])  # 0: value, 1: write, 2: accumulate
+    vector = 16 // min(SIZES[storage] for storage in arguments[2:])
+    param, grad, anchor, fisher = (vector * SIZES[storage] // 16 for storage in arguments[2:])
+    loads = param + anchor + fisher + (grad if mode == 2 else 0)
+    turns = max(BYTES_IN_FLIGHT // (16 * loads), 1)
+    sums = 1  # a store at the end of a chunk
+    return Accesses(turns * loads, turns * (anchor + fisher), sums + (turns * grad if mode > 0 else 0))
 
 
 @dataclass(frozen=True)
@@ -39,6 +72,33 @@ class Kernel:
     registers: int
     stack: int
     spills: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks per multiprocessor that the kernel's grid is sized for."""
+        wide = self.name.startswith("penalty_kernel") and ("Any" in self.name or "double" in self.name)
+        return 2 if wide else 3
+
+    @property
+    def fitting_blocks(self) -> int:
+        """Blocks that a multiprocessor's 65,536 registers suffice for; a thread gets a multiple of 8."""
+        return 65536 // (-(-self.registers // 8) * 8 * THREADS)
+
+    @property
+    def in_flight(self) -> int | None:
+        """Bytes that a multiprocessor requests at once, None where the types are known only at run time."""
+        return None if "Any" in self.name else 16 * wanted_accesses(self.name).loads * THREADS * self.blocks
+
+    def faults(self) -> list[str]:
+        """What is wrong with it."""
+        lines = []
+        if self.stack or self.spills:
+            lines.append(f"a stack of {self.stack} bytes, {self.spills} bytes spilled")
+        if self.fitting_blocks < self.blocks:
+            lines.append(f"{self.registers} registers leave room for {self.fitting_blocks} of {self.blocks} blocks")
+        if self.in_flight is not None and self.in_flight < LEAST_IN_FLIGHT:
+            lines.append(f"{self.in_flight} bytes in flight, fewer than {LEAST_IN_FLIGHT}")
+        return [f"{self.name}, {self.architecture}: {line}" for line in lines]
 
 
 def find_nvcc() -> str | None:
@@ -95,18 +155,20 @@ def compile_kernels(nvcc: str, source: Path, architecture: str, folder: Path) ->
 
 
 def narrow_kernels(nvcc: str, source: Path, folder: Path) -> list[str]:
-    """What kernels lack of 16-byte accesses, a line for each."""
+    """What kernels lack of 16-byte accesses and of hints, a line for each."""
     ptx = folder / f"{source.stem}.ptx"
     run([nvcc, "-std=c++17", "-O3", "-ptx", f"-arch={ARCHITECTURES[-1]}", f"-I{CSRC}", str(source), "-o", str(ptx)])
     entries = re.split(r"\.entry (\w+)\(", ptx.read_text())
     wide = r"\.global(?:\.\w+)*\.v(?:4\.\w32|2\.\w64)"
     lines = []
     for name, body in zip(map(shorten, demangle(entries[1::2])), entries[2::2], strict=True):
-        loads = len(re.findall("ld" + wide, body)) - len(re.findall(r"ld\.global\.cg", body))  # .cg reads the slots
-        stores = len(re.findall("st" + wide, body))
-        least = next((numbers for prefix, numbers in WIDE.items() if name.startswith(prefix)), (0, 0))
-        if "Any" not in name and (loads < least[0] or stores < least[1]):
-            lines.append(f"{name}: {loads} loads and {stores} stores of 16 bytes, expected {least[0]} and {least[1]}")
+        if "Any" in name:  # narrower on purpose
+            continue
+        loads = [word for word in re.findall("ld" + wide, body) if not word.startswith("ld.global.cg")]  # sums
+        streamed = [word for word in loads if word.startswith("ld.global.cs")]
+        found = Accesses(len(loads), len(streamed), len(re.findall("st" + wide, body)))
+        if found.lacks(wanted_accesses(name)):
+            lines.append(f"{name}: {found}, expected at least {wanted_accesses(name)}")
     return lines
 
 
@@ -152,11 +214,12 @@ def main() -> int:
             return 1
     for kernel in sorted(found, key=lambda k: (k.name, k.architecture)):
         numbers = f"{kernel.registers:3} registers {kernel.stack:4} B stack {kernel.spills:4} B spilled"
-        print(f"{kernel.architecture:6} {numbers}  {kernel.name}")
-    bad = [kernel for kernel in found if kernel.stack or kernel.spills]
-    print(*split, sep="\n", end="\n" if split else "")
-    print(f"{len(found)} kernels in {len(kernels)} files, {len(bindings)} bindings; {len(bad)} with a stack or spills")
-    return 1 if bad or split else 0
+        flight = "  ?" if kernel.in_flight is None else f"{kernel.in_flight / 1024:3.0f}"
+        print(f"{kernel.architecture:6} {numbers} {kernel.blocks} blocks {flight} KB in flight  {kernel.name}")
+    faults = [line for kernel in found for line in kernel.faults()] + split
+    print(*faults, sep="\n", end="\n" if faults else "")
+    print(f"{len(found)} kernels in {len(kernels)} files, {len(bindings)} bindings; {len(faults)} faults")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@
 #include <cstdarg>
 #include <functional>
 #include <limits>
+#include <set>
 #include <string>
 
+#include "counters.h"
 #include "penalty_accumulate.cu"
 #include "penalty_value.cu"
 #include "penalty_write.cu"
@@ -168,7 +170,8 @@ struct Case {
   bool maximize = false;
   int64_t nan_tensor = -1, nan_element = 0;
   bool null_gradients = false;  // to show that they are not touched
-  bool static_counter = false;
+  bool static_counters = false;
+  int64_t chunk = kChunk;
 };
 
 struct Outputs {
@@ -186,7 +189,8 @@ std::string describe(const Case& c) {
   text += " tensors " + std::to_string(c.sizes.size()) + " sizes";
   for (size_t i = 0; i < c.sizes.size() && i < 8; ++i) text += " " + std::to_string(c.sizes[i]);
   text += " shifts " + std::to_string(c.p_shift) + std::to_string(c.g_shift) + std::to_string(c.state_shift);
-  text += " lambda " + std::to_string(c.ewc_lambda) + " found_inf " + std::to_string(c.found_inf);
+  text += " chunk " + std::to_string(c.chunk) + " lambda " + std::to_string(c.ewc_lambda);
+  text += " found_inf " + std::to_string(c.found_inf);
   return text;
 }
 
@@ -205,7 +209,7 @@ Outputs run(const Case& c, uint64_t seed, int repeats = 2) {
   for (const int64_t size : c.sizes) {
     offsets.push_back(total);
     total += (size + 31) / 32 * 32 + 32 * integer(0, 1);
-    chunks += (size + kChunk - 1) / kChunk;
+    chunks += (size + c.chunk - 1) / c.chunk;
   }
   Buffer anchor(c.a, total, c.state_shift), fisher(c.f, total, c.state_shift), flat(c.g, total, c.g_shift);
   for (int64_t i = 0; i < total; ++i) {  // what lies between tensors must not be read
@@ -244,8 +248,7 @@ Outputs run(const Case& c, uint64_t seed, int repeats = 2) {
     constant.set(t, c.exact ? integer(0, 9) : 1 + uniform());
   }
   Buffer penalty(results, 1), predicted(results, 1), by_tensor(kF64, 2 * n), slots(kF64, 2 * chunks);
-  Buffer counter(kF32, 1);  // 4 bytes
-  std::memset(counter.data(), 0, 4);
+  ewc::Counters own_counters{0, 0};
 
   std::vector<ewc::Entry> entries;
   for (int64_t t = 0; t < n; ++t) {
@@ -278,8 +281,9 @@ Outputs run(const Case& c, uint64_t seed, int repeats = 2) {
   launch.predicted = predicted.data();
   launch.by_tensor = static_cast<double*>(by_tensor.data());
   launch.slots = static_cast<double2*>(slots.data());
-  launch.counter = c.static_counter ? ewc::Counter{nullptr, integer(0, ewc::kStaticCounters - 1)}
-                                    : ewc::Counter{static_cast<unsigned*>(counter.data()), 0};
+  launch.chunk = c.chunk;
+  launch.counters.index = integer(0, ewc::kStreamCounters + ewc::kCaptureCounters - 1);
+  if (!c.static_counters) launch.counters.address = &own_counters;
   const Launch launcher = c.mode == Mode::kValue   ? ewc::launch_penalty<Mode::kValue>
                           : c.mode == Mode::kWrite ? ewc::launch_penalty<Mode::kWrite>
                                                    : ewc::launch_penalty<Mode::kAccumulate>;
@@ -305,13 +309,13 @@ Outputs run(const Case& c, uint64_t seed, int repeats = 2) {
     predicted.set(0, -1);
     launch.multiprocessors = std::vector<int>{5, 1, 2}[repeat % 3];
     emulation::device.random.seed(seed + repeat);
-    emulation::device.launches = 0;
+    emulation::device.launches = emulation::device.memsets = 0;
     check(launcher(launch, nullptr) == cudaSuccess, "the launch failed");
     const int64_t launches = std::max<int64_t>(1, (n + kTensorsPerLaunch - 1) / kTensorsPerLaunch);
     check(emulation::device.launches == launches, "%d launches", emulation::device.launches);
-    const unsigned left =
-        c.static_counter ? ewc::static_counters[launch.counter.index] : *static_cast<unsigned*>(counter.data());
-    check(left == 0, "the counter is left at %u", left);
+    check(emulation::device.memsets == 0, "%d memsets", emulation::device.memsets);
+    const ewc::Counters left = c.static_counters ? ewc::static_counters[launch.counters.index] : own_counters;
+    check(left.taken == 0 && left.finished == 0, "the counters are left at %u and %u", left.taken, left.finished);
     const Outputs now = {penalty.bytes(), predicted.bytes(), by_tensor.bytes(), gradients()};
     if (repeat == 0) outputs = now;
     check(now == outputs, "other bits in repeat %d", repeat);
@@ -398,10 +402,10 @@ Outputs run(const Case& c, uint64_t seed, int repeats = 2) {
 constexpr Mode kModes[] = {Mode::kValue, Mode::kWrite, Mode::kAccumulate};
 
 // Sizes at which something ends: a vector of 2, 4 or 8, what a block takes in a turn, kBlock, a chunk.
-std::vector<int64_t> boundaries() {
-  std::vector<int64_t> sizes = {0, 1, 3, 2 * kChunk + 5};
+std::vector<int64_t> boundaries(int64_t chunk = kChunk) {
+  std::vector<int64_t> sizes = {0, 1, 3, 2 * chunk + 5};
   for (const int64_t edge : {int64_t{2}, int64_t{4}, int64_t{8}, int64_t{kThreads} * 4, ewc::kBlock,
-                             int64_t{kThreads} * 16, kChunk}) {
+                             int64_t{kThreads} * 16, chunk}) {
     for (const int64_t size : {edge - 1, edge, edge + 1}) sizes.push_back(size);
   }
   return sizes;
@@ -415,6 +419,9 @@ void test_boundaries(const std::function<uint64_t()>& seed) {
       c.p = c.g = c.a = c.f = dtype;
       c.sizes = boundaries();
       run(c, seed(), dtype == kF32 ? 3 : 1);  // 5, 1 and 2 multiprocessors
+      c.chunk = ewc::kShortestChunk;
+      c.sizes = boundaries(c.chunk);
+      run(c, seed(), dtype == kF32 ? 3 : 1);
     }
   }
 }
@@ -473,11 +480,12 @@ void test_alignment(const std::function<uint64_t()>& seed) {
   }
 }
 
-// More chunks than a warp has lanes: each adds several slots.
+// More chunks than a warp requests at once: each lane adds several slots, in several turns.
 void test_large_tensor(const std::function<uint64_t()>& seed) {
   Case c;
   c.mode = Mode::kValue;
-  c.sizes = {7, 34 * kChunk + 3, 1};
+  c.chunk = ewc::kShortestChunk;
+  c.sizes = {7, (32 * ewc::kSlotsInFlight + 34) * c.chunk + 3, 1};
   run(c, seed(), 1);
 }
 
@@ -492,7 +500,7 @@ void test_many_tensors(const std::function<uint64_t()>& seed) {
     for (int64_t t = 0; t < n; ++t) c.sizes.push_back(t % 7 == 3 ? 0 : 1 + t % 11);
     c.sizes[n / 2] = kChunk + 1;
     c.sizes[n - 1] = 9;
-    c.static_counter = n == full + 1;
+    c.static_counters = n == full + 1;
     run(c, seed(), n == full + 1 ? 2 : 1);
   }
   Case c;
@@ -519,7 +527,7 @@ void test_arguments(const std::function<uint64_t()>& seed) {
     Case c;
     c.mode = mode;
     c.sizes = {3000, 0, 17};
-    c.static_counter = true;
+    c.static_counters = true;
     run(c, seed());
     c.per_tensor = false;
     c.fp64_scalars = false;
@@ -586,11 +594,66 @@ void test_nan(const std::function<uint64_t()>& seed) {
   }
 }
 
+// ---- chunks and counters ----
+
+void test_chunk_elements() {
+  context = "chunk_elements";
+  check(ewc::chunk_elements(0) == ewc::kShortestChunk, "nothing");
+  int64_t last = 0;
+  for (int64_t numel = 1; numel < int64_t{1} << 42; numel += numel / 7 + 1) {
+    const int64_t chunk = ewc::chunk_elements(numel), chunks = ewc::chunk_count(numel, chunk);
+    check(chunk >= ewc::kShortestChunk && chunk <= kChunk && (chunk & (chunk - 1)) == 0 && chunk >= last,
+          "%" PRId64 " of %" PRId64, chunk, numel);
+    check((chunks - 1) * chunk < numel && numel <= chunks * chunk, "%" PRId64 " chunks of %" PRId64, chunks, numel);
+    check(chunks <= ewc::kChunksAimedAt || chunk == kChunk, "%" PRId64 " chunks of %" PRId64, chunks, numel);
+    check(chunks > ewc::kChunksAimedAt / 2 || chunk == ewc::kShortestChunk, "too few chunks of %" PRId64, numel);
+    last = chunk;
+  }
+}
+
+void test_counter_pool() {
+  context = "counter pool";
+  ewc::CounterPool pool;
+  ewc::Counters scratch{5, 6};
+  emulation::device.memsets = 0;
+  const auto take = [&](int device, int64_t stream, bool capturing) {
+    ewc::CountersOf counters{&scratch, -7};
+    emulation::device.capturing = capturing;
+    check(pool.take(device, stream, nullptr, &scratch, &counters) == cudaSuccess, "it failed");
+    emulation::device.capturing = false;
+    return counters;
+  };
+  std::set<int> given;
+  for (int stream = 0; stream < ewc::kStreamCounters; ++stream) {
+    const ewc::CountersOf counters = take(stream % 3, stream / 3, false);
+    check(counters.address == nullptr && counters.index >= 0 && counters.index < ewc::kStreamCounters, "a stream's: %d",
+          counters.index);
+    check(given.insert(counters.index).second, "two streams have the counters %d", counters.index);
+    const ewc::CountersOf again = take(stream % 3, stream / 3, false);
+    check(again.address == nullptr && again.index == counters.index, "a stream's counters change");
+  }
+  for (int capture = 0; capture < ewc::kCaptureCounters; ++capture) {
+    const ewc::CountersOf counters = take(0, capture % 2, true);
+    check(counters.address == nullptr && counters.index >= 0 &&
+              counters.index < ewc::kStreamCounters + ewc::kCaptureCounters,
+          "a capture's: %d", counters.index);
+    check(given.insert(counters.index).second, "counters %d are given out twice", counters.index);
+  }
+  check(emulation::device.memsets == 0 && scratch.taken == 5, "%d memsets", emulation::device.memsets);
+  for (const bool capturing : {false, true}) {  // more than there are
+    scratch = {5, 6};
+    const ewc::CountersOf counters = take(7, 7, capturing);
+    check(counters.address == &scratch && scratch.taken == 0 && scratch.finished == 0, "not the scratch, cleared");
+    check(emulation::device.memsets == 1 + capturing, "%d memsets", emulation::device.memsets);
+  }
+  check(take(0, 0, false).address == nullptr, "a known stream has lost its counters");
+}
+
 // ---- scale_ ----
 
 void test_scale(const std::function<uint64_t()>& seed) {
   for (const Dtype dtype : {kF64, kF32, kB16, kF16}) {
-    for (const int64_t size : boundaries()) {
+    for (const int64_t size : boundaries(ewc::kShortestChunk)) {
       for (const int64_t shift : {0, 1}) {
         for (const double factor : {-2.5, 1.0}) {
           context = std::string("scale ") + format_of(dtype).name + " size " + std::to_string(size) + " shift " +
@@ -640,6 +703,8 @@ int main(int argc, char** argv) {
   test_inactive(seed);
   test_nan(seed);
   test_scale(seed);
+  test_chunk_elements();
+  test_counter_pool();
   std::printf("seed %s, %d tensors a launch: %" PRId64 " checks, %d failed\n", argv[1], kTensorsPerLaunch, checks,
               failures);
   return failures == 0 ? 0 : 1;

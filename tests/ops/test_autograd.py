@@ -219,11 +219,11 @@ def test_the_buffer_is_not_used_again_while_it_is_held(backend: str, holder: str
 
 def test_another_dtype_or_length_gets_another_buffer() -> None:
     buffer = GradientBuffer()
-    first = buffer.take(torch.zeros(8), torch.float32)
+    first = buffer.take(8, torch.float32, torch.device("cpu"))
     assert first.shape == (8,) and first.dtype == torch.float32
     del first
-    assert buffer.take(torch.zeros(8), torch.bfloat16).dtype == torch.bfloat16
-    assert buffer.take(torch.zeros(9), torch.bfloat16).shape == (9,)
+    assert buffer.take(8, torch.bfloat16, torch.device("cpu")).dtype == torch.bfloat16
+    assert buffer.take(9, torch.bfloat16, torch.device("cpu")).shape == (9,)
 
 
 def test_hooks_may_change_gradients_in_place(backend: str) -> None:
@@ -263,7 +263,7 @@ def separate(backend: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tenso
 def test_separate_state_in_any_layout(backend: str, dtype: torch.dtype) -> None:
     params, fisher, anchor = separate(backend, dtype)
     ewc_lambda = torch.tensor(2.5, dtype=torch.float64)
-    value = autograd.separate_penalty(params, fisher, anchor, ewc_lambda, backend=backend)
+    value = autograd.separate_penalty(params, fisher, anchor, ewc_lambda, {}, backend=backend)
     triples = list(zip(params, fisher, anchor, strict=True))
     exact = 1.25 * sum(float((f.double() * (p.detach().double() - a.double()) ** 2).sum()) for p, f, a in triples)
     assert value.dtype == dtype and value.shape == ()
@@ -273,7 +273,7 @@ def test_separate_state_in_any_layout(backend: str, dtype: torch.dtype) -> None:
         gradient = 2.5 * f.double() * (p.detach().double() - a.double())
         torch.testing.assert_close(p.grad, gradient.to(dtype), rtol=10 * ex.ROUNDOFF[dtype], atol=0)
     with torch.no_grad():
-        again = autograd.separate_penalty(params, fisher, anchor, ewc_lambda, backend=backend)
+        again = autograd.separate_penalty(params, fisher, anchor, ewc_lambda, {}, backend=backend)
     assert torch.equal(again, value.detach()) and not again.requires_grad
 
 
@@ -281,13 +281,13 @@ def test_separate_gradcheck(backend: str) -> None:
     params, fisher, anchor = separate(backend, torch.float64)
     ewc_lambda = torch.tensor(0.7, dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda *p: autograd.separate_penalty(p, fisher, anchor, ewc_lambda, backend=backend) ** 2, params
+        lambda *p: autograd.separate_penalty(p, fisher, anchor, ewc_lambda, {}, backend=backend) ** 2, params
     )
 
 
 def test_separate_has_no_second_derivative(backend: str) -> None:
     params, fisher, anchor = separate(backend, torch.float32)
-    value = autograd.separate_penalty(params, fisher, anchor, torch.tensor(2.0), backend=backend)
+    value = autograd.separate_penalty(params, fisher, anchor, torch.tensor(2.0), {}, backend=backend)
     first = torch.autograd.grad(value, params, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         sum(g.sum() for g in first).backward()
@@ -295,7 +295,7 @@ def test_separate_has_no_second_derivative(backend: str) -> None:
 
 def test_separate_is_differentiated_at_the_weights_of_its_forward(backend: str) -> None:
     params, fisher, anchor = separate(backend, torch.float32)
-    value = autograd.separate_penalty(params, fisher, anchor, torch.tensor(1.0), backend=backend)
+    value = autograd.separate_penalty(params, fisher, anchor, torch.tensor(1.0), {}, backend=backend)
     expected = [f.double() * (p.detach().double() - a.double()) for p, f, a in zip(params, fisher, anchor, strict=True)]
     with torch.no_grad():
         for p in params:

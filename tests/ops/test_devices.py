@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from ewc_fast import EWCLoss
+from ewc_fast import EWCLoss, ewc_penalty
 from ewc_fast.ops import penalty as ops
 from ewc_fast.ops.types import FlatQuadratic
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZES = (0, 1, 3, 255, 2049, 32767, 32769, 100_003)
+TENSORS_PER_LAUNCH = 800  # with kernel parameters of 32 KB
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -151,3 +157,276 @@ def test_a_cuda_graph_sees_lambda_change() -> None:
         assert result.penalty.item() == pytest.approx(factor * once, rel=1e-6)
         for g, want in zip(grads, gradients, strict=True):
             torch.testing.assert_close(g.double().cpu(), factor * want, rtol=1e-5, atol=1e-5)
+
+
+# ---- many tensors, large tensors ----
+
+
+def small_problem(device: torch.device, n: int) -> tuple[list[Tensor], FlatQuadratic]:
+    """n fp32 parameters of 0 to 12 elements."""
+    params = [torch.randn(int(size), device=device) for size in torch.randint(13, (n,))]
+    total = 16 * n
+    return params, FlatQuadratic(
+        torch.randn(total, device=device),
+        torch.rand(total, device=device),
+        [16 * i for i in range(n)],
+        [1] * n,
+        torch.tensor(3.0, device=device),
+        torch.tensor(0.25, device=device),
+        torch.rand(n, device=device),
+        torch.rand(n, dtype=torch.float64, device=device),
+    )
+
+
+@pytest.mark.parametrize("n", [TENSORS_PER_LAUNCH, TENSORS_PER_LAUNCH + 1, 2 * TENSORS_PER_LAUNCH + 1])
+def test_many_tensors(device: torch.device, n: int) -> None:
+    params, q = small_problem(device, n)
+    grads = [torch.zeros_like(p) for p in params]
+    result = ops.penalty_accumulate_(params, grads, q, backend="native")
+    penalty, predicted, gradients = exact(params, q)
+    assert result.penalty.item() == pytest.approx(penalty, rel=1e-6)
+    assert result.predicted.item() == pytest.approx(predicted, rel=1e-6)
+    torch.testing.assert_close(torch.cat(grads).double().cpu(), torch.cat(gradients), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("device", "numel"), [("cpu", 10_007), pytest.param("cuda", 2**31 + 77, marks=pytest.mark.gpu)]
+)
+def test_indices_have_64_bits(device: str, numel: int) -> None:
+    """A tensor of more than 2^31 elements: few of them have moved, and the gradient is there and nowhere else."""
+    first = 64
+    needed = 2 * (5 * numel + 4 * first)  # bytes: parameter, gradient, anchor, Fisher, and one comparison
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 1.05 * needed:
+        pytest.skip(f"takes {needed / 2**30:.0f} GiB of memory, {torch.cuda.mem_get_info()[0] / 2**30:.0f} are free")
+    params = [torch.zeros(n, dtype=torch.bfloat16, device=device) for n in (first, numel)]
+    grads = [torch.zeros_like(p) for p in params]
+    places = sorted({0, 1, numel // 3, numel // 2 - 1, numel // 2, numel - 78, numel - 2, numel - 1})
+    for place in places:
+        params[1][place] = 2.0
+    zero = torch.zeros((), device=device)
+    q = FlatQuadratic(
+        torch.zeros(first + numel, dtype=torch.bfloat16, device=device),
+        torch.ones(first + numel, dtype=torch.bfloat16, device=device),
+        [0, first],
+        [1, 1],
+        torch.full_like(zero, 3.0),
+        zero,
+    )
+    result = ops.penalty_accumulate_(params, grads, q, backend="native")
+    assert result.penalty.item() == 3.0 / 2 * len(places) * 4.0
+    assert [grads[1][place].item() for place in places] == [6.0] * len(places)
+    assert int((grads[1] != 0).sum()) == len(places) and not grads[0].any()
+
+
+# ---- what runs on the device, and beside what ----
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without torch's warnings that a tool is a prototype or forgets events."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """An error where the host waits for the device."""
+    with quietly():
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        with quietly():
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def device_work(function: Callable[[], object]) -> list[str]:
+    """Names of the kernels, copies and memsets that a call runs on the GPU, once it has been called before."""
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
+    with quietly():
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+            function()
+            torch.cuda.synchronize()
+        events = recorded.events()
+    return [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def gpu_model() -> tuple[nn.Module, EWCLoss]:
+    """A model that has moved from its anchor, and its penalty."""
+    model = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 700), nn.LayerNorm(700)).cuda()
+    ewc = EWCLoss(model, 2.0, damping=0.5, backend="native")
+    ewc.consolidate(fisher={n: torch.rand_like(p) for n, p in model.named_parameters()})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+            p.grad = torch.zeros_like(p)
+    return model, ewc
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("n", "launches"), [(1, 1), (TENSORS_PER_LAUNCH, 1), (TENSORS_PER_LAUNCH + 1, 2), (2 * TENSORS_PER_LAUNCH + 1, 3)]
+)
+@pytest.mark.parametrize("op", ["penalty", "penalty_grad", "penalty_accumulate_"])
+def test_launches_are_all_that_runs(op: str, n: int, launches: int) -> None:
+    params, q = small_problem(torch.device("cuda"), n)
+    grads, flat = [torch.zeros_like(p) for p in params], torch.zeros_like(q.anchor)
+    work = device_work(
+        {
+            "penalty": lambda: ops.penalty(params, q, backend="native"),
+            "penalty_grad": lambda: ops.penalty_grad(params, flat, q, backend="native"),
+            "penalty_accumulate_": lambda: ops.penalty_accumulate_(params, grads, q, backend="native"),
+        }[op]
+    )
+    assert len(work) == launches and all("penalty_kernel" in name for name in work), work
+
+
+@pytest.mark.gpu
+def test_a_step_has_one_launch_and_never_waits() -> None:
+    model, ewc = gpu_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+    def by_loss() -> None:
+        ewc().backward()
+
+    work = device_work(by_loss)
+    assert sum("penalty_kernel" in name for name in work) == sum("scale_kernel" in name for name in work) == 1, work
+    assert not any("Mem" in name for name in work), work  # neither memset nor memcpy
+    with no_synchronisation():
+        by_loss()
+
+    handle = ewc.attach(optimizer)
+    work = device_work(optimizer.step)
+    assert sum("penalty_kernel" in name for name in work) == 1 and not any("Mem" in name for name in work), work
+    with no_synchronisation():
+        optimizer.step()
+        ewc.ewc_lambda = 3.0
+        optimizer.step()
+    handle.remove()
+    with no_synchronisation():
+        ewc.accumulate_grad_()
+
+
+@pytest.mark.gpu
+def test_steady_state_takes_no_memory() -> None:
+    params = [torch.randn(1 << 20, device="cuda") for _ in range(8)]
+    grads = [torch.zeros_like(p) for p in params]
+    zero = torch.zeros((), device="cuda")
+    state = torch.rand(8 << 20, device="cuda")
+    q = FlatQuadratic(state, state, [i << 20 for i in range(8)], [1] * 8, zero + 1, zero)
+    for _ in range(2):
+        ops.penalty_accumulate_(params, grads, q, backend="native")
+    reserved, before = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(5):
+        ops.penalty_accumulate_(params, grads, q, backend="native")
+    assert torch.cuda.memory_reserved() == reserved
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
+
+
+@pytest.mark.gpu
+def test_streams_beside_each_other() -> None:
+    """Launches that overlap do not share what their blocks count in."""
+    device = torch.device("cuda")
+    problems = [make(device, torch.float32, torch.float32) for _ in range(4)]
+    expected = [ops.penalty(*problem, backend="native").by_tensor for problem in problems]
+    streams = [torch.cuda.Stream() for _ in problems]
+    torch.cuda.synchronize()
+    results: list[tuple[int, Tensor]] = []
+    for _ in range(100):
+        for i, (stream, (params, q)) in enumerate(zip(streams, problems, strict=True)):
+            with torch.cuda.stream(stream):
+                results.append((i, ops.penalty(params, q, backend="native").by_tensor))
+    torch.cuda.synchronize()
+    for i, by_tensor in results:
+        assert torch.equal(by_tensor, expected[i])
+
+
+@pytest.mark.gpu
+def test_graphs_beside_each_other() -> None:
+    """Two graphs captured on one stream, replayed on two: each has counters of its own, and no memset for them."""
+    device = torch.device("cuda")
+    graphs, results, expected = [], [], []
+    for _ in range(2):
+        params, q = make(device, torch.float32, torch.float32)
+        expected.append(ops.penalty(params, q, backend="native").by_tensor)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results.append([ops.penalty(params, q, backend="native").by_tensor for _ in range(10)])
+        graphs.append((graph, params, q))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(100):
+        for stream, (graph, _, _) in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for of_graph, wanted in zip(results, expected, strict=True):
+        assert all(torch.equal(by_tensor, wanted) for by_tensor in of_graph)
+    work = device_work(graphs[0][0].replay)
+    assert len(work) == 10 and all("penalty_kernel" in name for name in work), work
+
+
+@pytest.mark.gpu
+def test_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device, this takes two")
+    device = torch.device("cuda", 1)
+    params, q = make(device, torch.float32, torch.float32)
+    grads = [torch.zeros_like(p) for p in params]
+    with torch.cuda.device(0):
+        result = ops.penalty_accumulate_(params, grads, q, backend="native")
+        ops.scale_(grads[-1], torch.full((), 2.0, device=device), backend="native")
+        assert torch.cuda.current_device() == 0
+    penalty, _, gradients = exact(params, q)
+    assert result.penalty.device == device and result.penalty.item() == pytest.approx(penalty, rel=1e-6)
+    torch.testing.assert_close(grads[-1].double().cpu(), 2 * gradients[-1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_compiled_with_reduced_overhead() -> None:
+    """Compiled into CUDA graphs: the first rounds warm up and record, the later ones replay."""
+    torch._dynamo.reset()
+    layer = nn.Linear(70, 50).cuda()
+    params = list(layer.parameters())
+    fisher, anchor = [torch.rand_like(p) for p in params], [torch.randn_like(p) for p in params]
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x).square().mean() + 2 * ewc_penalty(params, fisher, anchor, 3.0)
+
+    with quietly():
+        run = torch.compile(loss, fullgraph=True, mode="reduce-overhead")
+        for _ in range(6):
+            x = torch.randn(30, 70, device="cuda")
+            expected = loss(x)
+            wanted = torch.autograd.grad(expected, params)
+            torch.compiler.cudagraph_mark_step_begin()
+            actual = run(x)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(torch.autograd.grad(actual, params), wanted, rtol=1e-4, atol=1e-4)
+            with torch.no_grad():
+                params[0].mul_(0.5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+def test_the_gradient_hook_compiled_with_reduced_overhead() -> None:
+    torch._dynamo.reset()
+    params, q = small_problem(torch.device("cuda"), 5)
+    grads = [torch.zeros_like(p) for p in params]
+
+    def step() -> Tensor:
+        return ops.penalty_accumulate_(params, grads, q, backend="native").penalty
+
+    penalty, _, gradients = exact(params, q)
+    with quietly():
+        run = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+        for calls in range(1, 6):
+            torch.compiler.cudagraph_mark_step_begin()
+            assert run().item() == pytest.approx(penalty, rel=1e-6)
+            wanted = calls * torch.cat(gradients)
+            torch.testing.assert_close(torch.cat(grads).double().cpu(), wanted, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()

@@ -2,6 +2,8 @@
 // path and compile the .cu files as C++. Blocks run one after the other in random order; a block's threads are fibers,
 // warps of a block run in random order, each as far as it can before the next one starts. So a forgotten barrier shows.
 //
+// A block that takes work from a queue takes all of it, since no other runs beside it.
+//
 // It aborts with a message where a device would hang or misbehave: misaligned words, a shuffle that lacks lanes, a
 // barrier that threads wait at while others wait in a shuffle.
 #pragma once
@@ -51,6 +53,7 @@ inline double2 make_double2(double x, double y) { return {x, y}; }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -73,7 +76,8 @@ enum class State { kRunnable, kShuffle, kBarrier, kDone };
 class Device {
  public:
   std::mt19937_64 random;
-  int launches = 0;
+  int launches = 0, memsets = 0;  // counted
+  bool capturing = false;         // what streams say
 
   template <typename Body>
   void run(unsigned blocks, unsigned threads, const Body& body) {
@@ -250,6 +254,12 @@ inline unsigned atomicInc(unsigned* address, unsigned limit) {
   return old;
 }
 
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address += value;
+  return old;
+}
+
 template <typename T>
 T __ldcs(const T* from) {
   return emulation::load_word(from);
@@ -258,15 +268,20 @@ template <typename T>
 T __ldcg(const T* from) {
   return emulation::load_word(from);
 }
-template <typename T>
-void __stwb(T* to, T word) {
-  emulation::require(reinterpret_cast<uintptr_t>(to) % alignof(T) == 0, "a misaligned word is stored");
-  std::memcpy(to, &word, sizeof(T));
-}
-
 template <typename... Args>
 cudaError_t cudaLaunchKernel(void (*kernel)(Args...), dim3 grid, dim3 block, void** args, size_t, cudaStream_t) {
   emulation::device.run(grid.x, block.x,
                         [&] { emulation::call(kernel, args, std::index_sequence_for<Args...>{}); });
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  ++emulation::device.memsets;
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulation::device.capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
