@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Mapping
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ewc_fast import ewc_loss, ewc_penalty
+from ewc_fast import ewc_loss, ewc_penalty, functional
 
 ByName = dict[str, Tensor]
 
@@ -273,3 +274,55 @@ def test_what_is_no_mapping_and_what_is_sparse_is_refused() -> None:
     for triple in ((sparse, torch.ones(2, 2), torch.ones(2, 2)), (torch.ones(2, 2), sparse, torch.ones(2, 2))):
         with pytest.raises(TypeError, match="dense"):
             ewc_penalty([triple[0]], [triple[1]], [triple[2]], 1.0)
+
+
+def test_the_gradient_memory_is_used_again_and_goes_with_the_model() -> None:
+    """Not while a graph, or a gradient that autograd has moved into p.grad, still holds it."""
+    model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 5).bfloat16())
+    fisher, anchor = state_of(model)
+    params = dict(model.named_parameters())
+
+    def exact() -> tuple[float, ByName]:
+        return formula(params, fisher, anchor, 3.0)
+
+    def place() -> int:
+        grad = params["0.weight"].grad
+        assert grad is not None
+        return grad.untyped_storage().data_ptr()
+
+    first, expected = ewc_loss(model, fisher, anchor, 3.0), exact()
+    with torch.no_grad():
+        for p in params.values():
+            p.add_(torch.randn_like(p))
+    second = ewc_loss(model, fisher, anchor, 3.0)
+    assert_formula(first, params, expected)
+    for p in params.values():
+        p.grad = None
+    assert_formula(second, params, exact())
+    del first, second
+    places = set()
+    for _ in range(3):
+        model.zero_grad()
+        assert_formula(ewc_loss(model, fisher, anchor, 3.0), params, exact())
+        places.add(place())
+    assert len(places) == 1
+    held = {name: p.grad for name, p in params.items()}
+    ewc_loss(model, fisher, anchor, 3.0)
+    assert all(g is not None and torch.equal(g.double(), held[name].double()) for name, g in held.items())
+    before = len(functional._buffers)
+    del model, params, p
+    gc.collect()
+    assert len(functional._buffers) == before - 1
+
+
+def test_two_backwards_of_a_kept_graph() -> None:
+    model = nn.Linear(20, 30)
+    fisher, anchor = state_of(model)
+    params = dict(model.named_parameters())
+    loss = ewc_loss(model, fisher, anchor, 3.0)
+    _, gradient = formula(params, fisher, anchor, 3.0)
+    (2 * loss).backward(retain_graph=True)
+    (3 * loss).backward()
+    for name, p in params.items():
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad.double(), 5 * gradient[name], rtol=1e-5, atol=1e-6)

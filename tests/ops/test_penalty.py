@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ewc_fast.ops import penalty as ops
+from ewc_fast.ops.types import FlatQuadratic
 from tests.ops import exact as ex
 from tests.ops.exact import make_inputs
 
@@ -41,6 +47,73 @@ def test_the_backend_that_is_asked_for_runs(backend: str) -> None:
     ran = {event.key for event in recorded.key_averages() if event.key.startswith("ewc_fast::")}
     names = {"penalty", "penalty_grad", "penalty_accumulate_", "scale_"}
     assert ran == ({f"ewc_fast::{name}" for name in names} if backend == "native" else set())
+
+
+class Loud(torch.Tensor):
+    """A subclass that wants to be asked."""
+
+    asked: list[str] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.asked.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.native
+def test_what_only_torch_ops_can_serve_goes_there() -> None:
+    """Optimizer steps call the op past torch.ops, which must not change what is seen from outside."""
+    inputs = make_inputs(random_params((5, 7)))
+    for wrap in (list, tuple):
+        ex.check_accumulate(inputs, wrap(random_like(inputs.params)), "native")
+    Loud.asked.clear()
+    grads = [g.as_subclass(Loud) for g in random_like(inputs.params)]
+    ops.penalty_accumulate_(inputs.params, grads, inputs.q, backend="native")
+    assert any("penalty_accumulate_" in name for name in Loud.asked)
+
+    class Record(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Loud.asked.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    Loud.asked.clear()
+    with Record():
+        ops.penalty_accumulate_(inputs.params, random_like(inputs.params), inputs.q, backend="native")
+    assert any("penalty_accumulate_" in name for name in Loud.asked)
+
+    class Dispatched(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Loud.asked.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    Loud.asked.clear()
+    with Dispatched():
+        ops.penalty_accumulate_(inputs.params, random_like(inputs.params), inputs.q, backend="native")
+    assert any("penalty_accumulate_" in name for name in Loud.asked)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(p) for p in inputs.params]
+        q = FlatQuadratic(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in inputs.q))
+        assert ops.penalty_accumulate_(fake, [torch.empty_like(p) for p in fake], q).by_tensor.shape == (2, 2)
+
+
+@pytest.mark.native
+def test_the_direct_call_refuses_what_it_cannot_read() -> None:
+    direct = importlib.import_module("ewc_fast._C").penalty_accumulate_
+    inputs = make_inputs(random_params((5, 7)))
+    grads = random_like(inputs.params)
+    good = [inputs.params, grads, *inputs.q, None, None, False]
+    before = [g.clone() for g in grads]
+    with pytest.raises(TypeError, match="13 arguments"):
+        direct(*good[:-1])
+    for i, bad in [(0, None), (1, [1, 2]), (2, 3.0), (4, ["a", "b"]), (4, (0, 64)), (6, 2.0), (8, "x")]:
+        assert direct(*good[:i], bad, *good[i + 1 :]) is None
+    with pytest.raises(OverflowError):
+        direct(*good[:4], [2**70, 0], *good[5:])
+    ex.assert_same_bits(grads, before)
+    with pytest.raises(ValueError, match="grads has 1 tensors for 2"):
+        direct(inputs.params, grads[:1], *good[2:])
+    leaves = [p.requires_grad_() for p in inputs.params]
+    assert not any(t.requires_grad for t in direct(leaves, *good[1:]))
 
 
 # ---- dtypes ----
@@ -147,6 +220,23 @@ def test_layouts(backend: str, layout: str, dtype: torch.dtype) -> None:
     ex.check_accumulate(inputs, random_like(inputs.params), backend)  # row-major gradients
     if layout not in ("overlapping", "windows"):
         ex.check_accumulate(inputs, [torch.randn(3, 3).to(dtype), make(), torch.randn(5).to(dtype)], backend)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("numel", "dtype", "grad_dtype"),
+    [
+        (8_400_001, torch.float32, torch.float32),
+        (8_400_001, torch.bfloat16, torch.float32),  # no loop of its own
+        (4_200_003, torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+def test_a_gradient_too_large_for_the_caches(numel: int, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    """From 32 MB on it is written past them, in words of 16 bytes: the slices start anywhere."""
+    assert numel * grad_dtype.itemsize >= 32 << 20
+    inputs = make_inputs(random_params((3, numel, 2050, 1), dtype), *([dtype] * 2 if dtype.itemsize == 8 else []))
+    ex.check_penalty_grad(inputs, "native", grad_dtype)
 
 
 @contextmanager
