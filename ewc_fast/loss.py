@@ -17,7 +17,7 @@ from ewc_fast.functional import check_lambda
 from ewc_fast.layout import module_edges, name_parameters, own_name, select_parameters
 from ewc_fast.ops import autograd
 from ewc_fast.ops import penalty as ops
-from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
+from ewc_fast.ops.types import FlatQuadratic
 from ewc_fast.optim.attach import COUPLINGS, NOT_IN_OPTIMIZER, AttachHandle
 from ewc_fast.parts import Part, PartResult, raise_with_names, split_by_grad_dtype
 from ewc_fast.state import EWCState, SlotMapping, protected_part

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ewc_fast.layout import make_groups, module_edges, own_name, select_parameters, trainable_parameters
-from ewc_fast.ops.memory import ALIGNMENT
-from ewc_fast.ops.memory import is_dense, memory_strides, same_memory_order
+from ewc_fast.ops.memory import ALIGNMENT, is_dense, memory_strides, same_memory_order
 
 
 def make() -> nn.Sequential:
