@@ -1,4 +1,4 @@
-# make demo, make test: everything from set-up to result. Variables: PYTHON, VENV, TORCH, and those of CONTRIBUTING.md.
+# make demo, bench, test: everything from set-up to result. Variables: PYTHON, VENV, TORCH, those of CONTRIBUTING.md.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -7,11 +7,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint check-cuda clean
+.PHONY: demo bench test lint check-cuda clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
 	$(BIN)/python -m ewc_fast demo
+
+# What benchmarks/results holds; minutes. BENCH=--quick, or other options, for something shorter.
+BENCH ?= --all
+bench: $(READY)
+	$(BIN)/python -m ewc_fast bench $(BENCH) --out "benchmarks/results/{machine}"
 
 test: $(READY)
 	$(BIN)/python -m pytest --cov=ewc_fast --cov-report=term --cov-fail-under=90

@@ -7,8 +7,9 @@
 
 namespace ewc {
 
-// One task, at most: a thread's share on the CPU, a block's on the GPU, where small models get smaller ones. Each has a slot of its own for its partial sums, and the
-// slots are added in order, so that a sum depends neither on the number of threads nor on who took which chunk.
+// One task, at most: a thread's share on the CPU, a block's on the GPU, where small models get smaller ones. Each has a
+// slot of its own for its partial sums, and the slots are added in order, so that a sum depends neither on the number of
+// threads nor on who took which chunk.
 constexpr int64_t kChunk = 32768;
 
 // Sums run in the math type over so many elements and in fp64 from there on: a long fp32 sum loses whole percents.

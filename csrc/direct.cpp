@@ -65,6 +65,7 @@ PyObject* penalty_accumulate_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   const at::Tensor ewc_lambda = read.tensor(args[6]), delta = read.tensor(args[7]);
   const auto scale = read.optional(args[8]), constant = read.optional(args[9]);
   const auto grad_scale = read.optional(args[10]), found_inf = read.optional(args[11]);
+  if (!PyBool_Check(args[12])) read.usual = false;
   if (PyErr_Occurred()) return nullptr;  // an integer beyond 64 bits
   if (!read.usual || at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
   std::tuple<at::Tensor, at::Tensor, at::Tensor> result;

@@ -1,6 +1,6 @@
 """The command line: ``python -m ewc_fast``, also installed as ``ewc-fast``.
 
-Commands: ``info`` (what is installed, what is in use, what is missing) and ``demo``.
+Commands: ``info`` (what is installed, what is in use, what is missing), ``demo`` and ``bench``.
 """
 
 from __future__ import annotations
@@ -121,6 +121,12 @@ def run_demo(arguments: Sequence[str]) -> int:
         return 1
 
 
+def run_bench(arguments: Sequence[str]) -> int:
+    """Runs ``ewc_fast.bench``."""
+    bench = importlib.import_module("ewc_fast.bench")
+    return int(bench.main(list(arguments)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point.
 
@@ -136,11 +142,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="versions, what is compiled and in use, what to do about what is missing")
     info.add_argument("--json", action="store_true", help="print JSON")
-    # The demo has a parser of its own, which also answers --help.
+    # These have parsers of their own, which also answer --help.
     commands.add_parser("demo", add_help=False, help="fine-tune on one task after the other, with and without EWC")
+    commands.add_parser("bench", add_help=False, help="what the penalty costs here, beside what one would write")
     options, rest = parser.parse_known_args(argv)
-    if options.command == "demo":
-        return run_demo(rest)
+    if options.command in ("demo", "bench"):
+        return run_demo(rest) if options.command == "demo" else run_bench(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     collected = collect_info()

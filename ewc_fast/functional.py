@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ewc_fast.layout import own_name
+from ewc_fast.layout import own_name, wrapper_prefix
 from ewc_fast.ops import autograd
 
 _STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -128,8 +128,8 @@ def ewc_loss(
     ``lambda/2 * sum_i F_i (theta_i - theta*_i)^2`` over the parameters that require grad. (A listing that leaves out
     the 1/2 equals this one at twice its lambda.)
 
-    The gradient's memory, the size of the parameters, is allocated at the first call and used again while the model
-    lives. :class:`EWCLoss` does the same with less time per call.
+    The gradient's memory, the size of the parameters, is kept while the model lives and used again as soon as nothing
+    else holds it; further penalties alive at the same time get memory of their own. :class:`EWCLoss` takes less time.
 
     Args:
         model: The model being trained.
@@ -152,10 +152,11 @@ def ewc_loss(
     params: list[Tensor] = []
     fisher: list[Tensor] = []
     anchor: list[Tensor] = []
+    wrapped = any(wrapper_prefix(module) for module in model.modules())
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        own = own_name(model, name)
+        own = own_name(model, name) if wrapped else name
         for what, mapping, found in (
             ("fisher_diagonals", fisher_diagonals, fisher),
             ("prev_params", prev_params, anchor),

@@ -17,7 +17,7 @@ from ewc_fast.functional import check_lambda
 from ewc_fast.layout import module_edges, name_parameters, own_name, select_parameters
 from ewc_fast.ops import autograd
 from ewc_fast.ops import penalty as ops
-from ewc_fast.ops.types import FlatQuadratic
+from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
 from ewc_fast.optim.attach import COUPLINGS, NOT_IN_OPTIMIZER, AttachHandle
 from ewc_fast.parts import Part, PartResult, raise_with_names, split_by_grad_dtype
 from ewc_fast.state import EWCState, SlotMapping, protected_part
@@ -426,7 +426,7 @@ class EWCLoss:
             return [(part, result)]
 
         results = self._run(self._parts, op)
-        self._record(None, [(part, r._replace(penalty=r.penalty.detach())) for part, r in results])
+        self._record(None, [(part, PenaltyResult(r.penalty.detach(), r.predicted, r.by_tensor)) for part, r in results])
         if not results:
             return self._zero(requires_grad=with_graph)
         if with_graph and not torch.compiler.is_compiling():

@@ -120,9 +120,7 @@ class EWCState:
     @property
     def constants(self) -> dict[str, float]:
         """C by name. Synchronises."""
-        return {
-            s.name: c for g in self.groups for s, c in zip(g.group.slots, g.constant.tolist(), strict=True)
-        }
+        return {s.name: c for g in self.groups for s, c in zip(g.group.slots, g.constant.tolist(), strict=True)}
 
     def mean_fisher(self) -> float:
         """The mean of the Fisher diagonal over all protected elements. Synchronises."""

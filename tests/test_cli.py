@@ -117,6 +117,14 @@ def test_demo_hides_no_other_missing_module(monkeypatch):
         cli.main(["demo"])
 
 
+def test_bench_gets_its_arguments(monkeypatch):
+    seen: list[list[str]] = []
+    bench = types.SimpleNamespace(main=lambda argv: seen.append(argv) or 4)
+    monkeypatch.setitem(sys.modules, "ewc_fast.bench", bench)
+    assert cli.main(["bench", "--quick", "--out", "there", "--help"]) == 4
+    assert seen == [["--quick", "--out", "there", "--help"]]
+
+
 @pytest.mark.parametrize("argv", [[], ["info", "--nothing"], ["bogus"]])
 def test_wrong_arguments_are_an_error(argv, capsys):
     with pytest.raises(SystemExit) as stopped:

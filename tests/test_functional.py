@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ewc_fast import ewc_loss, ewc_penalty, functional
 
 ByName = dict[str, Tensor]
+CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
@@ -211,6 +213,23 @@ def test_wrapped_models(wrap: Callable[[nn.Module], nn.Module], named_by: str) -
     assert_formula(ewc_loss(wrapped, fisher, anchor, 3.0), params, formula(params, fisher, anchor, 3.0))
 
 
+class Confusing(nn.Module):
+    """Without its wrapper's prefix, one parameter's name is the other's with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+        self.module = nn.Linear(3, 3, bias=False)
+        self.module.weight = nn.Parameter(torch.randn(3))
+
+
+def test_a_child_called_like_a_wrapper() -> None:
+    model = Confusing()
+    fisher, anchor = state_of(model)
+    params = dict(model.named_parameters())
+    assert_formula(ewc_loss(nn.DataParallel(model), fisher, anchor, 3.0), params, formula(params, fisher, anchor, 3.0))
+
+
 # ---- tensors that do not fit ----
 
 
@@ -331,3 +350,18 @@ def test_two_backwards_of_a_kept_graph() -> None:
     for name, p in params.items():
         assert p.grad is not None
         torch.testing.assert_close(p.grad.double(), 5 * gradient[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_call_in_another_mode_leaves_nothing_behind() -> None:
+    """Inference mode's tensors, and fake ones, are no gradients for a later call."""
+    model = nn.Linear(20, 30)
+    fisher, anchor = state_of(model)
+    params = dict(model.named_parameters())
+    with torch.inference_mode(), torch.enable_grad(), pytest.raises(RuntimeError, match="Inference"):
+        ewc_loss(model, fisher, anchor, 3.0)
+    assert_formula(ewc_loss(model, fisher, anchor, 3.0), params, formula(params, fisher, anchor, 3.0))
+    model.zero_grad()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        functional._buffers[model][CPU, torch.float32].take(704, torch.float32, CPU)  # as long as before
+    assert_formula(ewc_loss(model, fisher, anchor, 3.0), params, formula(params, fisher, anchor, 3.0))
+    assert all(type(p.grad) is Tensor for p in params.values())

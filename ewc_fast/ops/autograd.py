@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ def _graph_is_kept() -> bool:
     return True if keep_graph is None else bool(keep_graph())
 
 
+_taking = threading.Lock()
+
+
 class GradientBuffer:
     """The flat buffer a gradient is written into: allocated once, used again as soon as nothing else holds its memory.
 
@@ -37,16 +41,19 @@ class GradientBuffer:
         """A flat buffer of ``numel`` elements; its content is undefined."""
         if torch.compiler.is_compiling():  # the compiler plans memory itself
             return torch.empty(numel, dtype=dtype, device=device)
-        old = self._buffer
-        if (
-            old is None
-            or old.numel() != numel
-            or old.dtype != dtype
-            or old.device != device
-            or _storage_references(old) > _storage_references(torch.empty(0))
-        ):
-            self._buffer = old = torch.zeros(numel, dtype=dtype, device=device)
-        return old.detach()  # an alias of its own, so that whoever keeps it is counted
+        with _taking:  # or two threads find it free
+            old = self._buffer
+            if (
+                old is None
+                or type(old) is not Tensor  # made under a mode that fakes tensors
+                or old.is_inference()
+                or old.numel() != numel
+                or old.dtype != dtype
+                or old.device != device
+                or _storage_references(old) > _storage_references(torch.empty(0))
+            ):
+                self._buffer = old = torch.zeros(numel, dtype=dtype, device=device)
+            return old.detach()  # an alias of its own, so that whoever keeps it is counted
 
 
 GradientBuffers = dict[tuple[torch.device, torch.dtype], GradientBuffer]
@@ -143,6 +150,8 @@ def penalty(
 
 def _flat_in_order_of(t: Tensor, p: Tensor) -> Tensor:
     """``t`` as a flat buffer in ``p``'s memory order; a copy only where the two orders differ."""
+    if t.is_contiguous() and p.is_contiguous():
+        return t.view(-1)
     strides = memory.memory_strides(p)
     if not memory.is_dense(t) or not memory.same_memory_order(t, strides):
         t = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
@@ -166,8 +175,9 @@ def _separate(
         q = FlatQuadratic(
             _flat_in_order_of(a, p), _flat_in_order_of(f, p), [0], list(memory.memory_strides(p)), *scalars[p.device]
         )
-        parts.append(run(p, q).by_tensor[0].to(params[0].device))
-    return torch.cat(parts).sum()
+        by_tensor = run(p, q).by_tensor
+        parts.append(by_tensor if p.device == params[0].device else by_tensor.to(params[0].device))
+    return torch.cat(parts, dim=1)[0].sum()
 
 
 class _SeparatePenalty(torch.autograd.Function):
@@ -187,10 +197,13 @@ class _SeparatePenalty(torch.autograd.Function):
             key = (p.device, p.dtype)
             ctx.places.append((key, p.shape, memory.memory_strides(p), lengths.setdefault(key, 0)))
             lengths[key] += memory.aligned(p.numel())
-        grads = {
-            (device, dtype): buffers.setdefault((device, dtype), GradientBuffer()).take(length, dtype, device)
-            for (device, dtype), length in lengths.items()
-        }
+        grads = {}
+        for (device, dtype), length in lengths.items():
+            if torch.compiler.is_compiling():  # which lets nothing from outside be changed here
+                buffer = GradientBuffer()
+            else:
+                buffer = buffers.setdefault((device, dtype), GradientBuffer())
+            grads[device, dtype] = buffer.take(length, dtype, device)
         places = iter(ctx.places)
 
         def run(p: Tensor, q: FlatQuadratic) -> PenaltyResult:
@@ -255,5 +268,3 @@ def separate_penalty(
 def result_dtype(params: Sequence[Tensor]) -> torch.dtype:
     """The dtype of a penalty over these parameters."""
     return torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
-
-

@@ -19,7 +19,7 @@ _accumulate: Callable[..., Any] | None = None
 
 if extension.status().loaded:
     fake.register()
-    _accumulate = importlib.import_module("ewc_fast._C").penalty_accumulate_
+    _accumulate = getattr(importlib.import_module("ewc_fast._C"), "penalty_accumulate_", None)  # none in older builds
 
 
 def use_native(device: torch.device, backend: str) -> bool:

@@ -104,6 +104,13 @@ def test_the_loops_of_the_extension(
     check_loop(built[names[0]], mode, types, VERSIONS[version])
 
 
+def test_what_goes_past_the_caches_and_what_is_asked_for_early(built: dict[str, list[Instruction]]) -> None:
+    """The writing pass stores past the caches; every pass prefetches the next pages into the second level."""
+    used = Counter(i.mnemonic for name, code in built.items() if "ewc::" in name for i in code)
+    assert sum(n for name, n in used.items() if name.endswith("movntdq")) >= 1, used
+    assert used["prefetcht1"] >= 4 * (3 + 3 + 4), used  # lines, and operands of the three passes
+
+
 BAD_LOOPS = """
 #define ARGUMENTS float* __restrict g, const float* __restrict p, const float* __restrict a, const float* __restrict f
 #define LOOP _Pragma("omp simd") for (long i = 0; i < n; ++i)

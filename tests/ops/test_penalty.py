@@ -105,7 +105,7 @@ def test_the_direct_call_refuses_what_it_cannot_read() -> None:
     before = [g.clone() for g in grads]
     with pytest.raises(TypeError, match="13 arguments"):
         direct(*good[:-1])
-    for i, bad in [(0, None), (1, [1, 2]), (2, 3.0), (4, ["a", "b"]), (4, (0, 64)), (6, 2.0), (8, "x")]:
+    for i, bad in [(0, None), (1, [1, 2]), (2, 3.0), (4, ["a", "b"]), (4, (0, 64)), (6, 2.0), (8, "x"), (12, 1)]:
         assert direct(*good[:i], bad, *good[i + 1 :]) is None
     with pytest.raises(OverflowError):
         direct(*good[:4], [2**70, 0], *good[5:])

@@ -1,0 +1,50 @@
+"""Writes what README.md and docs/performance.md say of the speed, between their markers, from a result of `bench`.
+
+python benchmarks/readme.py benchmarks/results/NAME/results.json [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ewc_fast.bench import report
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = "docs/performance.md"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes, or with ``--check`` compares. Returns the exit code: 1 where a text differs or has no markers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="a results.json")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout whose README.md and docs are meant")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a text differs")
+    options = parser.parse_args(argv)
+    results = report.read_json(options.results)
+    folder = Path(os.path.relpath(options.results.resolve().parent, options.root.resolve())).as_posix()
+    sections = {
+        "README.md": report.readme_section(results, folder, DOCUMENT),
+        DOCUMENT: report.performance_section(results),
+    }
+    for name, section in sections.items():
+        path = options.root / name
+        before = path.read_text()
+        try:
+            after = report.replace_section(before, section)
+        except ValueError as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            return 1
+        if options.check and after != before:
+            print(f"{path} is not what {options.results} says: run this without --check", file=sys.stderr)
+            return 1
+        if not options.check:
+            path.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
