@@ -6,8 +6,8 @@
 #include <cstring>
 
 #include "penalty_kernels.h"
-#include "memory.h"
 #include "penalty_ops.h"
+#include "streaming.h"
 
 namespace ewc {
 namespace {

@@ -11,7 +11,7 @@
 #include <random>
 #include <vector>
 
-#include "cpu/memory.h"
+#include "cpu/streaming.h"
 #include "cpu/penalty_kernels.h"
 
 namespace {
