@@ -13,10 +13,11 @@ BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f)
 demo: $(READY)
 	$(BIN)/python -m ewc_fast demo
 
-# What benchmarks/results holds; minutes. BENCH=--quick, or other options, for something shorter.
+# 25 minutes; BENCH=--quick, or other options, for something shorter. What is to be committed goes to benchmarks/results.
 BENCH ?= --all
+OUT ?= bench-results/{machine}
 bench: $(READY)
-	$(BIN)/python -m ewc_fast bench $(BENCH) --out "benchmarks/results/{machine}"
+	$(BIN)/python -m ewc_fast bench $(BENCH) --out "$(OUT)"
 
 test: $(READY)
 	$(BIN)/python -m pytest --cov=ewc_fast --cov-report=term --cov-fail-under=90

@@ -28,6 +28,7 @@ GROWTH_PEERS = ("eager", "loop", "level1", "level2", "value", LIMIT)
 HALF_PEERS = ("eager", "loop", "loop_no_value", "foreach", "level1", "level2", "value", LIMIT)  # at bf16 throughout
 PREDICTED_PEERS = ("eager", "loop", "level1", "level2", LIMIT)
 LARGE_NUMEL = 60_000_000  # from here on a third of the rounds: a call takes seconds, and its spread is small
+PREDICT_FROM = 200_000_000  # at most: with larger models plain PyTorch waits for fresh pages, not for bandwidth
 MEMORY_SHARE = 0.9  # of what is free
 STEP_BYTES = 10 << 30  # GPT-2 small with its optimizer and EWC's state
 STEP_ROUNDS = 9  # a step is seconds on a CPU
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     growth: list[dict[str, Any]] = []
     unmeasured: list[Unmeasured] = []
     results: dict[str, Any] = {
-        **environment.describe(device),
+        **environment.describe(device, options.backend),
         "command": shlex.join(["python", "-m", "ewc_fast", "bench", *_without_out(argv)]),
         "workloads": measured,
         "growth": growth,
@@ -87,7 +88,8 @@ def main(argv: Sequence[str]) -> int:
         print("\n" + report.format_growth(growth), flush=True)
     if options.steps:
         results["steps"] = _measure_steps(options, device)
-    results["predicted"] = predict(unmeasured, [*measured, *growth], options.dtype, options.fisher_dtype)
+    reference = [w for w in [*measured, *growth] if w["parameters"] <= PREDICT_FROM]
+    results["predicted"] = predict(unmeasured, reference, options.dtype, options.fisher_dtype)
     if results["predicted"]:
         print("\n" + report.format_predicted(results["predicted"]))
     if report.bars(results):

@@ -17,15 +17,15 @@ from ewc_fast.machine import describe_machine
 from ewc_fast.ops import extension
 
 
-def describe(device: torch.device) -> dict[str, Any]:
-    """Date, machine, versions, and which kernels serve a device; JSON-compatible."""
+def describe(device: torch.device, backend: str = "auto") -> dict[str, Any]:
+    """Date, machine, versions, and which kernels serve a device under a backend; JSON-compatible."""
     machine = {**describe_machine(), "threads": torch.get_num_threads(), "last_level_cache_bytes": cache_bytes(device)}
     if device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(device)
     status = extension.status()
     kernels: dict[str, Any] = {
-        "backend": "native" if extension.has_kernel(device.type) else "reference",
-        "reason": extension.explain(device.type)[0],
+        "backend": "native" if extension.has_kernel(device.type) and backend != "reference" else "reference",
+        "reason": "asked for" if backend == "reference" else extension.explain(device.type)[0],
         "build": status.build,
     }
     if status.loaded:
