@@ -254,8 +254,8 @@ def performance_section(results: Results) -> str:
         f"Measured {results['date']} on {where(results)}, with "
         f"`{results['command']}`: every peer in one process, interleaved, caches cold, medians of {main['rounds']} "
         "rounds, of a third of them for models from 60M parameters on (in brackets the 10th and 90th percentile). "
-        "Before it is timed, each one's gradient and value are compared with the formula in fp64. Bytes are those that the "
-        "peer's ops read and write per parameter.",
+        "Before it is timed, each one's gradient and value are compared with the formula in fp64. Bytes are those that "
+        "the peer's ops read and write per parameter.",
         f"**{main['description']}: {_millions(main)} {main['dtype']} parameters in {main['tensors']:,} tensors**",
         _main_table(main),
         _PERCENT_NOTE if main["device"] == "cpu" else "",
