@@ -16,6 +16,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ewc_fast.ops import penalty as ops  # noqa: E402
+from ewc_fast.ops.memory import aligned  # noqa: E402
 from ewc_fast.ops.types import FlatQuadratic  # noqa: E402
 
 
@@ -24,7 +25,7 @@ def problem(sizes: list[int], dtype: torch.dtype, device: torch.device) -> tuple
     offsets, total = [], 0
     for size in sizes:
         offsets.append(total)
-        total += -(-size // 64) * 64
+        total += aligned(size)
     params = [torch.randn(size).to(device, dtype) for size in sizes]
     anchor, fisher = torch.zeros(total).to(device, dtype), torch.rand(total).to(device, dtype)
     scalars = [torch.tensor(x).to(device) for x in (2.0, 0.25)]

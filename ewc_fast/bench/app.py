@@ -68,22 +68,23 @@ def main(argv: Sequence[str]) -> int:
         folder = Path(str(options.out).replace("{machine}", environment.machine_name(results["machine"])))
         folder.mkdir(parents=True, exist_ok=True)
 
-    def keep() -> None:  # what there is, should the rest be cut short
-        if folder is not None:
-            report.write_json(results, folder / "results.json")
+    def keep(result: dict[str, Any] | None, section: list[dict[str, Any]]) -> bool:
+        if result is not None:
+            section.append(result)
+            if folder is not None:  # what there is, should the rest be cut short
+                report.write_json(results, folder / "results.json")
+        return result is not None
 
-    for workload in options.workloads:
-        _run(workload, chosen, options, measured, unmeasured, asked_for=not options.all)
-        keep()
-        if measured and measured[-1]["name"] == workload.name:
-            print("\n" + report.format_workload(measured[-1]), flush=True)
+    runs = [(workload, chosen, options, not options.all) for workload in options.workloads]
     if options.all and options.dtype is torch.float32:
         half = argparse.Namespace(**{**vars(options), "dtype": torch.bfloat16, "fisher_dtype": None})
-        _run(WORKLOADS[report.MAIN], peers.find(HALF_PEERS), half, measured, unmeasured, asked_for=True)
-        print("\n" + report.format_workload(measured[-1]), flush=True)
+        runs.append((WORKLOADS[report.MAIN], peers.find(HALF_PEERS), half, True))
+    for workload, some, how, asked_for in runs:
+        if keep(_run(workload, some, how, unmeasured, asked_for=asked_for), measured):
+            print("\n" + report.format_workload(measured[-1]), flush=True)
     for numel in options.growth_sizes:
-        _run(workloads.scaled(numel), peers.find(GROWTH_PEERS), options, growth, unmeasured, asked_for=True)
-        keep()
+        scaled = workloads.scaled(numel)
+        keep(_run(scaled, peers.find(GROWTH_PEERS), options, unmeasured, asked_for=True), growth)
     if growth:
         print("\n" + report.format_growth(growth), flush=True)
     if options.steps:
@@ -122,10 +123,9 @@ def write(results: dict[str, Any], folder: Path) -> list[Path]:
     from ewc_fast.bench import pictures
 
     caption = f"{report.where(results)}, {results['date']}"
-    main_workload = next((w for w in results["workloads"] if w["name"] == report.MAIN), None)
     figures = {}
     if results["workloads"]:
-        figures["time_by_peer.png"] = pictures.time_by_peer(main_workload or results["workloads"][-1], caption)
+        figures["time_by_peer.png"] = pictures.time_by_peer(report.main_workload(results), caption)
     sizes = results["growth"] or [w for w in results["workloads"] if w["parameters"] >= 500_000]
     if sizes:
         figures["roofline.png"] = pictures.roofline(sizes, caption)
@@ -205,32 +205,31 @@ def _run(
     workload: Workload,
     chosen: Sequence[Peer],
     options: argparse.Namespace,
-    results: list[dict[str, Any]],
     unmeasured: list[Unmeasured],
     *,
     asked_for: bool,
-) -> None:
-    """Measures a workload, if it fits into memory."""
+) -> dict[str, Any] | None:
+    """Measures a workload, if it fits into memory; if not, says so in ``unmeasured`` and returns None."""
     if workload.on_paper and not asked_for:
         unmeasured.append(Unmeasured(workload, "on paper only"))
-        return
+        return None
     device = torch.device(options.device)
     free = measure.available_bytes(device)
     fitting, too_large = those_that_fit(chosen, workload.numel, options.dtype, free)
     if not fitting:
         unmeasured.append(Unmeasured(workload, "; ".join(dict.fromkeys(too_large.values()))))
-        return
+        return None
     _say(f"{workload.name}: {workload.numel:,} parameters")
     problem = Problem(workload, device, options.dtype, options.fisher_dtype, options.backend)
     result = measure.measure(
         problem, fitting, rounds_for(workload.numel, options.rounds), lambda doing: _say(f"{workload.name}: {doing}")
     )
-    results.append(measure.as_dict(result))
-    results[-1]["skipped"] |= too_large
     del problem
     gc.collect()  # a model of gigabytes may hang in a cycle
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    as_dict = measure.as_dict(result)
+    return {**as_dict, "skipped": {**as_dict["skipped"], **too_large}}
 
 
 def _measure_steps(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:

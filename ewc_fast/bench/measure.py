@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ class WorkloadResult:
     rounds: int
     peers: list[PeerResult]
     skipped: dict[str, str]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As torch names it, without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -170,18 +176,16 @@ def time_many(run: Callable[[], object], device: torch.device, calls: int = WARM
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], Any]],
+    runs: Mapping[str, Callable[[], float]],
     rounds: int,
-    timer: Callable[[Callable[[], Any]], float],
     between: Callable[[], object] = lambda: None,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Times every run once per round.
+    """Runs everything once per round.
 
     Args:
-        runs: By name.
+        runs: By name; each takes its own time and returns it.
         rounds: How many, after one that warms up and is not counted.
-        timer: What it returns is recorded.
         between: Called before each run, outside of the timing.
         seed: Of the order, which is drawn anew in each round.
 
@@ -195,7 +199,7 @@ def interleave(
         shuffle(order)
         for name in order:
             between()
-            elapsed = timer(runs[name])
+            elapsed = runs[name]()
             if round_:
                 times[name].append(elapsed)
     return times
@@ -290,25 +294,20 @@ def measure(
             able.append(peer)
         except Unavailable as error:
             skipped[peer.name] = str(error)
-    runs = {peer.name: _bind(peer, problem) for peer in able}
+    runs = {peer.name: partial(peer.run, problem) for peer in able}
     flush = CacheFlush(device)
-
-    def cold(run: Callable[[], object]) -> float:
-        return time_once(run, device)
-
     progress(f"timing {len(runs)} peers, {rounds} rounds")
-    times = interleave(runs, rounds, cold, flush)
+    times = interleave({name: partial(time_once, run, device) for name, run in runs.items()}, rounds, flush)
     warm: dict[str, list[float]] = {}
     if problem.numel <= WARM_NUMEL:
         progress("timing them warm")
         calls = {name: max(1, min(WARM_CALLS, int(WARM_MS / median(times[name])))) for name in runs}
-        many = {name: _call_many(run, device, calls[name]) for name, run in runs.items()}
-        warm = interleave(many, rounds, lambda timed: float(timed()))
+        warm = interleave({name: partial(time_many, run, device, calls[name]) for name, run in runs.items()}, rounds)
     graphs: dict[str, list[float]] = {}
     if device.type == "cuda":
         progress("timing CUDA graphs")
         replays = {peer.name: capture(runs[peer.name], device) for peer in able if peer.capturable}
-        graphs = interleave(replays, rounds, cold, flush)
+        graphs = interleave({n: partial(time_once, replay, device) for n, replay in replays.items()}, rounds, flush)
         del replays
     progress("measuring memory")
     peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
@@ -318,8 +317,8 @@ def measure(
         description=problem.workload.description,
         parameters=problem.numel,
         tensors=problem.workload.tensors,
-        dtype=str(problem.dtype).removeprefix("torch."),
-        fisher_dtype=str(problem.fisher_dtype).removeprefix("torch."),
+        dtype=dtype_name(problem.dtype),
+        fisher_dtype=dtype_name(problem.fisher_dtype),
         device=device.type,
         rounds=rounds,
         peers=[
@@ -330,14 +329,6 @@ def measure(
         ],
         skipped=skipped,
     )
-
-
-def _call_many(run: Callable[[], object], device: torch.device, calls: int) -> Callable[[], float]:
-    return lambda: time_many(run, device, calls)
-
-
-def _bind(peer: Peer, problem: Problem) -> Callable[[], object]:
-    return lambda: peer.run(problem)
 
 
 def summarise(

@@ -142,13 +142,20 @@ def find(names: Sequence[str]) -> list[Peer]:
 # ---- what people write ----
 
 
-def _eager_loss(
+def eager_loss(
     params: Sequence[Tensor], fishers: Sequence[Tensor], anchors: Sequence[Tensor], ewc_lambda: float
 ) -> Tensor:
+    """The penalty in plain PyTorch, differentiable."""
     total = torch.zeros((), device=params[0].device)
     for p, f, a in zip(params, fishers, anchors, strict=True):
         total = total + (f * (p - a) ** 2).sum()
     return ewc_lambda / 2 * total
+
+
+def backward(loss: Tensor) -> Tensor:
+    """Adds a penalty's gradient to the parameters'; returns its value."""
+    loss.backward()
+    return loss.detach()
 
 
 # p - a: p+a+t; **2: 2t; f *: f+2t; sum: t. Backward, of f *: f+t; of **2, which is g * (2 * d**1): 2t+2t+3t;
@@ -166,8 +173,7 @@ def eager(problem: Problem) -> Tensor:
     for name, p in problem.model.named_parameters():
         total = total + (problem.fisher[name] * (p - problem.anchor[name]) ** 2).sum()
     loss = problem.ewc_lambda / 2 * total
-    loss.backward()
-    return loss.detach()
+    return backward(loss)
 
 
 # As eager, and cat: p+t. Its backward hands out views. fp32: 92.
@@ -184,8 +190,25 @@ def eager_flat(problem: Problem) -> Tensor:
     fisher, anchor = problem.flat_state
     theta = torch.cat([p.view(-1) for p in problem.params])
     loss = problem.ewc_lambda / 2 * (fisher * (theta - anchor) ** 2).sum()
-    loss.backward()
-    return loss.detach()
+    return backward(loss)
+
+
+@torch.no_grad()
+def closed_form_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    fishers: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    ewc_lambda: float,
+) -> Tensor:
+    """Adds the penalty's gradient to ``grads``, tensor by tensor; returns the value."""
+    total = torch.zeros((), device=params[0].device)
+    for p, g, f, a in zip(params, grads, fishers, anchors, strict=True):
+        d = p - a
+        fd = f * d
+        g.add_(fd, alpha=ewc_lambda)
+        total = total + torch.dot(fd.view(-1), d.view(-1).to(fd.dtype))
+    return ewc_lambda / 2 * total
 
 
 # sub: p+a+t; mul: f+2t; add_: t+2g; dot: 2t. fp32: 44.
@@ -197,16 +220,9 @@ def eager_flat(problem: Problem) -> Tensor:
     capturable=True,
     temporaries=1,
 )
-@torch.no_grad()
 def loop(problem: Problem) -> Tensor:
     """The closed form, tensor by tensor, with the value: the best that is written by hand."""
-    total = torch.zeros((), device=problem.device)
-    for p, g, f, a in zip(problem.params, problem.grads, problem.fishers, problem.anchors, strict=True):
-        d = p - a
-        fd = f * d
-        g.add_(fd, alpha=problem.ewc_lambda)
-        total = total + torch.dot(fd.view(-1), d.view(-1).to(fd.dtype))
-    return problem.ewc_lambda / 2 * total
+    return closed_form_(problem.params, problem.grads, problem.fishers, problem.anchors, problem.ewc_lambda)
 
 
 # sub: p+a+t; addcmul_: f+t+2g. fp32: 28.
@@ -257,11 +273,10 @@ def foreach(problem: Problem) -> Tensor:
 )
 def compile_eager(problem: Problem) -> Tensor:
     """torch.compile of the penalty in the loss, and its backward."""
-    loss = _compiled(problem, "compile_eager", _eager_loss)(
+    loss = _compiled(problem, "compile_eager", eager_loss)(
         problem.params, problem.fishers, problem.anchors, problem.ewc_lambda
     )
-    loss.backward()
-    return loss.detach()
+    return backward(loss)
 
 
 def _loop_(
@@ -342,8 +357,7 @@ def _reporting_a_missing_compiler(compiled: Callable[..., Tensor]) -> Callable[.
 def functional(problem: Problem) -> Tensor:
     """ewc_loss and its backward."""
     loss = ewc_loss(problem.model, problem.fisher, problem.anchor, problem.ewc_lambda)
-    loss.backward()
-    return loss.detach()
+    return backward(loss)
 
 
 # One pass: p+a+f+t; autograd's accumulate: t+2g. fp32: 28.
@@ -357,8 +371,7 @@ def functional(problem: Problem) -> Tensor:
 def level1(problem: Problem) -> Tensor:
     """ewc() and its backward."""
     loss = problem.ewc()
-    loss.backward()
-    return loss.detach()
+    return backward(loss)
 
 
 # One pass: p+a+f+2g. fp32: 20.

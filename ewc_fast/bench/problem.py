@@ -94,10 +94,6 @@ class Problem:
         """The gradients, in the parameters' order."""
         return [p.grad for p in self.params if p.grad is not None]
 
-    def zero_grad(self) -> None:
-        """Sets every gradient to 0, in place."""
-        torch._foreach_zero_(self.grads)
-
     @contextmanager
     def fresh_grads(self) -> Iterator[None]:
         """Zeros for gradients inside, and whatever they were before, outside: for a check in the midst of a run."""
@@ -129,8 +125,7 @@ class Problem:
     @cached_property
     def attached(self) -> tuple[EWCLoss, torch.optim.Optimizer]:
         """The same state once more, attached to an optimizer whose step does nothing."""
-        ewc = EWCLoss(self.model, LAMBDA, fisher_dtype=self.fisher_dtype, backend=self.backend)
-        ewc.consolidate(fisher=self.fisher, anchor=self.anchor)
+        ewc = self._same_state(self.fisher_dtype)
         optimizer = _Idle(self.params, {})
         ewc.attach(optimizer)
         return ewc, optimizer
@@ -138,6 +133,9 @@ class Problem:
     @cached_property
     def ewc_bf16_fisher(self) -> EWCLoss:
         """The same state with its Fisher in bf16."""
-        ewc = EWCLoss(self.model, LAMBDA, fisher_dtype=torch.bfloat16, backend=self.backend)
+        return self._same_state(torch.bfloat16)
+
+    def _same_state(self, fisher_dtype: torch.dtype) -> EWCLoss:
+        ewc = EWCLoss(self.model, LAMBDA, fisher_dtype=fisher_dtype, backend=self.backend)
         ewc.consolidate(fisher=self.fisher, anchor=self.anchor)
         return ewc

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from ewc_fast.bench.peers import Peer, Sizes, Unavailable
+from ewc_fast.bench.peers import Peer, Sizes, Unavailable, backward
 from ewc_fast.bench.problem import Problem
 
 Task = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # anchor and Fisher, by name
@@ -108,8 +108,7 @@ def run_avalanche_statements(problem: Problem, count: int) -> Tensor:
                 drift = p - anchor[name].expand(p.shape)
                 total += (fisher[name].expand(p.shape) * drift.pow(2)).sum()
     loss += problem.ewc_lambda / 2 * total
-    loss.backward()
-    return loss.detach()
+    return backward(loss)
 
 
 def _avalanche_bytes(count: int) -> Callable[[Sizes], float]:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ewc_fast.bench import step
 from ewc_fast.bench.measure import BASELINE, LIMIT
 from ewc_fast.bench.peers import OPS
+from ewc_fast.bench.text import markdown, number, size
 from ewc_fast.bench.workloads import short_count
 
 Results = Mapping[str, Any]
@@ -93,31 +95,32 @@ def to_csv(results: Results) -> str:
 
 def format_workload(workload: Results) -> str:
     """The table of one workload."""
-    precision = workload["dtype"] + ("" if workload["fisher_dtype"] == workload["dtype"] else ", Fisher ")
-    precision += "" if workload["fisher_dtype"] == workload["dtype"] else workload["fisher_dtype"]
+    precision, fisher = workload["dtype"], workload["fisher_dtype"]
+    if fisher != precision:
+        precision += f", Fisher {fisher}"
     columns: list[tuple[str, int, Any]] = [
-        ("median ms", 11, lambda p: _number(p["median_ms"], 3)),
-        ("p10", 9, lambda p: _number(p["p10_ms"], 3)),
-        ("p90", 9, lambda p: _number(p["p90_ms"], 3)),
-        (f"/ {BASELINE}", 10, lambda p: _number(p["ratio"], 2)),
-        ("B/param", 9, lambda p: _number(p["bytes_per_parameter"], 0)),
-        ("GB/s", 8, lambda p: _number(p["gb_per_s"], 1)),
-        ("% of copy_", 12, lambda p: _number(p["percent_of_copy"], 0)),
-        ("extra memory", 14, lambda p: _size(p["peak_bytes"])),
+        ("median ms", 11, lambda p: number(p["median_ms"], 3)),
+        ("p10", 9, lambda p: number(p["p10_ms"], 3)),
+        ("p90", 9, lambda p: number(p["p90_ms"], 3)),
+        (f"/ {BASELINE}", 10, lambda p: number(p["ratio"], 2)),
+        ("B/param", 9, lambda p: number(p["bytes_per_parameter"], 0)),
+        ("GB/s", 8, lambda p: number(p["gb_per_s"], 1)),
+        ("% of copy_", 12, lambda p: number(p["percent_of_copy"], 0)),
+        ("extra memory", 14, lambda p: size(p["peak_bytes"])),
     ]
     if any(p["page_faults"] is not None for p in workload["peers"]):
-        columns.append(("faults", 9, lambda p: _number(p["page_faults"], 0)))
+        columns.append(("faults", 9, lambda p: number(p["page_faults"], 0)))
     for key, title in (("warm_us", "warm us"), ("graph_ms", "graph ms")):
         if any(p[key] is not None for p in workload["peers"]):
-            columns.append((title, 10, lambda p, key=key: _number(p[key], 3 if key == "graph_ms" else 1)))
+            columns.append((title, 10, lambda p, key=key: number(p[key], 3 if key == "graph_ms" else 1)))
     width = 2 + max(len(name) for name in [*_by_name(workload), *workload["skipped"]])
     lines = [
         f"{workload['name']}: {workload['description']}, {workload['parameters']:,} parameters in "
         f"{workload['tensors']:,} tensors, {precision}, {workload['device']}, {workload['rounds']} rounds",
-        " " * width + "".join(f"{title:>{size}}" for title, size, _ in columns),
+        " " * width + "".join(f"{title:>{span}}" for title, span, _ in columns),
     ]
     for peer in workload["peers"]:
-        lines.append(f"{peer['name']:{width}}" + "".join(f"{cell(peer):>{size}}" for _, size, cell in columns))
+        lines.append(f"{peer['name']:{width}}" + "".join(f"{cell(peer):>{span}}" for _, span, cell in columns))
     lines += [f"{name:{width}}skipped: {reason}" for name, reason in workload["skipped"].items()]
     return "\n".join(lines)
 
@@ -128,9 +131,9 @@ def format_growth(growth: Sequence[Results]) -> str:
     lines = [f"{'parameters, ms':16}" + "".join(f"{name:>15}" for name in names) + f"{'level2 % copy_':>16}"]
     for workload in growth:
         by_name = _by_name(workload)
-        cells = "".join(f"{_number(by_name[n]['median_ms'], 2) if n in by_name else '':>15}" for n in names)
+        cells = "".join(f"{number(by_name[n]['median_ms'], 2) if n in by_name else '':>15}" for n in names)
         share = by_name[BASELINE]["percent_of_copy"] if BASELINE in by_name else None
-        lines.append(f"{workload['parameters']:<16,}{cells}{_number(share, 0):>16}")
+        lines.append(f"{workload['parameters']:<16,}{cells}{number(share, 0):>16}")
     return "\n".join(lines)
 
 
@@ -138,10 +141,10 @@ def format_predicted(predicted: Sequence[Results]) -> str:
     """What was not measured: the memory it takes, and the time that the measured bandwidth promises."""
     lines = ["Not measured; times predicted from the bytes and the bandwidth that each peer reached here:"]
     for workload in predicted:
-        times = ", ".join(f"{name} {_number(ms, 0)} ms" for name, ms in workload["predicted_ms"].items())
+        times = ", ".join(f"{name} {number(ms, 0)} ms" for name, ms in workload["predicted_ms"].items())
         lines.append(
             f"{workload['name']} ({workload['reason']}): {workload['parameters']:,} parameters, "
-            f"{_size(workload['bytes_needed'])} for parameters, gradients, anchor and Fisher; "
+            f"{size(workload['bytes_needed'])} for parameters, gradients, anchor and Fisher; "
             f"predicted: {times or 'nothing, for no bandwidth was measured'}"
         )
     return "\n".join(lines)
@@ -163,10 +166,8 @@ def bars(results: Results) -> list[tuple[Bar, str, float]]:
     for bar in BARS:
         for workload in results["workloads"]:
             peers = _by_name(workload)
-            if (workload["device"], workload["name"]) != (bar.device, bar.workload) or {
-                workload["dtype"],
-                workload["fisher_dtype"],
-            } != {"float32"}:
+            meant = (bar.device, bar.workload, "float32", "float32")
+            if tuple(workload[key] for key in ("device", "name", "dtype", "fisher_dtype")) != meant:
                 continue
             if bar.peer not in peers or bar.than not in peers:
                 continue
@@ -195,9 +196,9 @@ def readme_section(results: Results, folder: str, document: str) -> str:
         folder: Where the pictures are, as the README links to it.
         document: Where :func:`performance_section` is, likewise.
     """
-    main = _main(results)
+    main = main_workload(results)
     rows = [
-        [p["note"], _number(p["median_ms"], 1), _number(p["ratio"], 2), _number(p["bytes_per_parameter"], 0)]
+        [p["note"], number(p["median_ms"], 1), number(p["ratio"], 2), number(p["bytes_per_parameter"], 0)]
         for p in main["peers"]
         if p["name"] in _SHORT
     ]
@@ -205,7 +206,7 @@ def readme_section(results: Results, folder: str, document: str) -> str:
         f"{_millions(main)} {main['dtype']} parameters in {main['tensors']:,} tensors ({main['description']}), "
         f"{where(results)}, {results['date']}: all in one process, interleaved, caches cold, medians of "
         f"{main['rounds']} rounds.",
-        _markdown(["penalty and gradient, per step", "ms", "times level 2", "bytes per parameter"], rows),
+        markdown(["penalty and gradient, per step", "ms", "times level 2", "bytes per parameter"], rows),
         f"![time by peer]({folder}/time_by_peer.png)",
     ]
     steps = [s for s in results["steps"] if s["micro_batches"] == 1 and s["variant"] in _SHORT_STEPS]
@@ -214,12 +215,12 @@ def readme_section(results: Results, folder: str, document: str) -> str:
         parts += [
             f"A whole training step of a model like GPT-2 small ({s['parameters'] / 1e6:.0f}M parameters, AdamW, "
             f"{s['batch']} x {s['tokens']} tokens), forward, backward and optimizer, there:",
-            _markdown(
+            markdown(
                 ["", "ms", "EWC adds (10th to 90th percentile)"],
                 [
                     [
                         s["note"],
-                        _number(s["median_ms"], 0),
+                        number(s["median_ms"], 0),
                         ""
                         if s["ewc_percent"] is None
                         else f"{s['ewc_percent']:.0f}% ({s['ewc_percent_p10']:.0f} to {s['ewc_percent_p90']:.0f}%)",
@@ -233,7 +234,8 @@ def readme_section(results: Results, folder: str, document: str) -> str:
     return "\n\n".join(parts)
 
 
-def _main(results: Results) -> Results:
+def main_workload(results: Results) -> Results:
+    """The one that the bars are about; the last where it was not measured."""
     found: Results = next((w for w in results["workloads"] if w["name"] == MAIN), results["workloads"][-1])
     return found
 
@@ -249,7 +251,7 @@ def where(results: Results) -> str:
 
 def performance_section(results: Results) -> str:
     """Everything, as Markdown. Every number in it is in the results."""
-    main = _main(results)
+    main = main_workload(results)
     parts = [
         f"Measured {results['date']} on {where(results)}, with "
         f"`{results['command']}`: every peer in one process, interleaved, caches cold, medians of {main['rounds']} "
@@ -264,7 +266,7 @@ def performance_section(results: Results) -> str:
     if measured:
         parts += [
             "**Against the bars** (times faster; both sides from this run)",
-            _markdown(
+            markdown(
                 ["", "measured", "bar", "aim"],
                 [[what, f"{found:.2f}x", f"{bar.bar:g}x", f"{bar.aim:g}x"] for bar, what, found in measured],
             ),
@@ -278,8 +280,6 @@ def performance_section(results: Results) -> str:
     if results["growth"]:
         parts += ["**How cost grows** (12 blocks of GPT-2, ever wider)", _growth_table(results["growth"])]
     if results["steps"]:
-        from ewc_fast.bench import step  # it alone knows what a step's numbers mean
-
         parts += ["**A whole training step**", step.markdown(results["steps"])]
     if results["predicted"]:
         parts += ["**Not measured** (predicted from bytes and the bandwidth reached above)", _predicted(results)]
@@ -301,17 +301,17 @@ def _main_table(workload: Results) -> str:
         rows.append(
             [
                 f"{p['note']} (`{p['name']}`)",
-                f"{_number(p['median_ms'], 1)} ({_number(p['p10_ms'], 1)} to {_number(p['p90_ms'], 1)})",
-                _number(p["ratio"], 2),
-                _number(p["bytes_per_parameter"], 0),
-                _number(p["gb_per_s"], 1),
+                f"{number(p['median_ms'], 1)} ({number(p['p10_ms'], 1)} to {number(p['p90_ms'], 1)})",
+                number(p["ratio"], 2),
+                number(p["bytes_per_parameter"], 0),
+                number(p["gb_per_s"], 1),
                 f"{p['percent_of_copy']:.0f}%" if p["percent_of_copy"] is not None else "",
-                _size(p["peak_bytes"]),
-                _number(p["page_faults"], 0),
+                size(p["peak_bytes"]),
+                number(p["page_faults"], 0),
             ]
         )
     rows += [[f"`{name}`", f"skipped: {reason}", *[""] * 6] for name, reason in workload["skipped"].items()]
-    return _markdown(["", "ms", "/ level 2", "bytes/param", "GB/s", "of `copy_`", "extra memory", "page faults"], rows)
+    return markdown(["", "ms", "/ level 2", "bytes/param", "GB/s", "of `copy_`", "extra memory", "page faults"], rows)
 
 
 _COLUMNS = ("eager", "compile_eager", "foreach", "loop", "loop_no_value", "ewc_loss", "level1", "level2")
@@ -329,21 +329,21 @@ def _others_table(workloads: Sequence[Results]) -> str:
                 continue
             ratio = peers[name]["ratio"]
             times = "" if name == BASELINE or ratio is None else f" ({ratio:.1f})"
-            cells.append(f"{_number(peers[name]['median_ms'], 2)}{times}")
+            cells.append(f"{number(peers[name]['median_ms'], 2)}{times}")
         share = peers.get(BASELINE, {}).get("percent_of_copy")
         model = f"{workload['description']}, {_millions(workload)} in {workload['tensors']:,}"
         model += "" if workload["dtype"] == "float32" else f", {workload['dtype']}"
         rows.append([model, *cells, "" if share is None else f"{share:.0f}%"])
-    return _markdown(["", *(_title(c) for c in columns), "level 2, of `copy_`"], rows)
+    return markdown(["", *(_title(c) for c in columns), "level 2, of `copy_`"], rows)
 
 
 def _warm(workloads: Sequence[Results]) -> str:
     columns = [name for name in _COLUMNS if any(name in _by_name(w) for w in workloads)]
     rows = [
-        [w["description"], *(_number(_by_name(w).get(name, {}).get("warm_us"), 0) for name in columns)]
+        [w["description"], *(number(_by_name(w).get(name, {}).get("warm_us"), 0) for name in columns)]
         for w in workloads
     ]
-    return _markdown(["", *(_title(c) for c in columns)], rows)
+    return markdown(["", *(_title(c) for c in columns)], rows)
 
 
 def _growth_table(growth: Sequence[Results]) -> str:
@@ -352,9 +352,9 @@ def _growth_table(growth: Sequence[Results]) -> str:
     for workload in growth:
         peers = _by_name(workload)
         share = peers.get(BASELINE, {}).get("percent_of_copy")
-        cells = [_number(peers.get(name, {}).get("median_ms"), 2) for name in names]
+        cells = [number(peers.get(name, {}).get("median_ms"), 2) for name in names]
         rows.append([_millions(workload), *cells, "" if share is None else f"{share:.0f}%"])
-    return _markdown(["parameters", *(f"{_title(n)}, ms" for n in names), "level 2, of `copy_`"], rows)
+    return markdown(["parameters", *(f"{_title(n)}, ms" for n in names), "level 2, of `copy_`"], rows)
 
 
 def _predicted(results: Results) -> str:
@@ -362,12 +362,12 @@ def _predicted(results: Results) -> str:
     rows = [
         [
             f"{w['description']}, {_millions(w)} in {w['tensors']:,}",
-            _size(w["bytes_needed"]),
-            *(_number(w["predicted_ms"].get(name), 0) for name in names),
+            size(w["bytes_needed"]),
+            *(number(w["predicted_ms"].get(name), 0) for name in names),
         ]
         for w in results["predicted"]
     ]
-    return _markdown(["", "parameters, gradients, anchor, Fisher", *(f"{_title(n)}, ms" for n in names)], rows)
+    return markdown(["", "parameters, gradients, anchor, Fisher", *(f"{_title(n)}, ms" for n in names)], rows)
 
 
 def replace_section(readme: str, section: str) -> str:
@@ -403,19 +403,3 @@ def _title(name: str) -> str:
 
 def _millions(workload: Results) -> str:
     return short_count(workload["parameters"]).upper().replace("K", "k")
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

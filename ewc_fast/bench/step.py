@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewc_fast import EWCLoss
-from ewc_fast.bench import report
-from ewc_fast.bench.measure import interleave, median, peak_bytes, percentile, time_once
+from ewc_fast.bench.measure import dtype_name, interleave, median, peak_bytes, percentile, time_once
+from ewc_fast.bench.peers import closed_form_, eager_loss
+from ewc_fast.bench.problem import LAMBDA
+from ewc_fast.bench.text import markdown as markdown_table
+from ewc_fast.bench.text import size
 
-LAMBDA = 100.0
 LEARNING_RATE = 1e-6
 
 
@@ -270,22 +272,13 @@ class Variant:
 
 
 def _eager(step: TrainingStep) -> Tensor:
-    total = torch.zeros((), device=step.device)
-    for p, f, a in step.state:
-        total = total + (f * (p - a) ** 2).sum()
-    return LAMBDA / 2 * total
+    params, fishers, anchors = zip(*step.state, strict=True)
+    return eager_loss(params, fishers, anchors, LAMBDA)
 
 
-@torch.no_grad()
 def _loop(step: TrainingStep) -> Tensor:
-    total = torch.zeros((), device=step.device)
-    for p, f, a in step.state:
-        assert p.grad is not None
-        d = p - a
-        fd = f * d
-        p.grad.add_(fd, alpha=LAMBDA)
-        total += torch.dot(fd.view(-1), d.view(-1))
-    return LAMBDA / 2 * total
+    params, fishers, anchors = zip(*step.state, strict=True)
+    return closed_form_(params, [p.grad for p in params], fishers, anchors, LAMBDA)
 
 
 PLAIN = "plain"
@@ -419,7 +412,7 @@ def measure_steps(
         del plain
         progress(f"timing {len(chosen)} variants, micro-batches: {micro_batches}, rounds: {rounds}")
         runs = {variant.name: partial(_time, step, variant, micro_batches) for variant in chosen}
-        times = interleave(runs, rounds, _result, seed=seed)
+        times = interleave(runs, rounds, seed=seed)
         progress("measuring memory")
         for variant in chosen:
             results.append(
@@ -429,8 +422,8 @@ def measure_steps(
                     config=config.name,
                     parameters=sum(p.numel() for p in step.params),
                     device=step.device.type,
-                    dtype=_dtype_name(dtype),
-                    autocast=None if autocast is None else _dtype_name(autocast),
+                    dtype=dtype_name(dtype),
+                    autocast=None if autocast is None else dtype_name(autocast),
                     batch=batch,
                     tokens=tokens,
                     micro_batches=micro_batches,
@@ -448,21 +441,10 @@ def _time(step: TrainingStep, variant: Variant, micro_batches: int) -> float:
         return time_once(lambda: step.step(variant, micro_batches), step.device)
 
 
-def _result(run: Callable[[], object]) -> float:
-    """For :func:`interleave`, whose runs time themselves here: what comes before and after is no part of a step."""
-    milliseconds = run()
-    assert isinstance(milliseconds, float)
-    return milliseconds
-
-
 def _peak(step: TrainingStep, variant: Variant, micro_batches: int) -> int:
     step.optimizer.zero_grad()  # so that the step allocates its gradients within what is measured
     with step.attached(variant):
         return peak_bytes(lambda: step.step(variant, micro_batches), step.device)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def summarise(name: str, times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -505,7 +487,7 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for title, rows in _grouped(results):
         cells = [[f"{row['note']} (`{row['variant']}`)", *_cells(row)] for row in rows]
-        parts += [f"{title}:", report._markdown(["", *_COLUMNS], cells)]
+        parts += [f"{title}:", markdown_table(["", *_COLUMNS], cells)]
     return "\n\n".join(parts)
 
 
@@ -514,10 +496,10 @@ def _grouped(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[M
 
     def title(r: Mapping[str, Any]) -> str:
         precision = r["dtype"] + (f" under {r['autocast']} autocast" if r["autocast"] else "")
-        size = f"{r['batch']} x {r['tokens']} tokens"
+        data = f"{r['batch']} x {r['tokens']} tokens"
         if r["micro_batches"] > 1:
-            size = f"{r['micro_batches']} micro-batches of {size}"
-        return f"{r['config']}, {r['parameters']:,} {precision} parameters, {r['device']}, {size}, {r['rounds']} rounds"
+            data = f"{r['micro_batches']} micro-batches of {data}"
+        return f"{r['config']}, {r['parameters']:,} {precision} parameters, {r['device']}, {data}, {r['rounds']} rounds"
 
     for words, rows in itertools.groupby(results, title):
         yield words, list(rows)
@@ -530,4 +512,4 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     else:
         spread = f"{row['ewc_percent_p10']:.1f} to {row['ewc_percent_p90']:.1f}%"
         cells += [f"{row['ewc_ms']:.1f}", f"{row['ewc_percent']:.1f}%", spread]
-    return [*cells, report._size(row["peak_bytes"]), report._size(row["kept_bytes"])]
+    return [*cells, size(row["peak_bytes"]), size(row["kept_bytes"])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -33,13 +34,13 @@ def test_no_percentile_of_nothing():
 
 def test_rounds_are_interleaved_shuffled_and_the_first_is_not_counted():
     calls: list[str] = []
-    runs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
 
-    def timer(run):
-        run()
+    def run(name: str) -> float:
+        calls.append(name)
         return float(len(calls))
 
-    times = interleave(runs, 20, timer, between=lambda: calls.append("-"))
+    runs = {name: partial(run, name) for name in "abc"}
+    times = interleave(runs, 20, between=lambda: calls.append("-"))
     assert calls[::2] == ["-"] * 63
     rounds = [calls[i + 1 : i + 6 : 2] for i in range(0, len(calls), 6)]
     assert len(rounds) == 21 and all(sorted(r) == ["a", "b", "c"] for r in rounds)
