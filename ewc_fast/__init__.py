@@ -2,11 +2,20 @@
 
 from importlib.metadata import version
 
-from ewc_fast.fisher import FisherDiagonal, FisherInfo, estimate_fisher
+from ewc_fast.fisher import FisherDiagonal, FisherEstimator, FisherInfo, estimate_fisher
 from ewc_fast.functional import ewc_loss, ewc_penalty
 from ewc_fast.loss import EWCLoss
 from ewc_fast.training import train
 
 __version__ = version("ewc-fast")
 
-__all__ = ["EWCLoss", "FisherDiagonal", "FisherInfo", "estimate_fisher", "ewc_loss", "ewc_penalty", "train"]
+__all__ = [
+    "EWCLoss",
+    "FisherDiagonal",
+    "FisherEstimator",
+    "FisherInfo",
+    "estimate_fisher",
+    "ewc_loss",
+    "ewc_penalty",
+    "train",
+]

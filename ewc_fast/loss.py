@@ -211,7 +211,8 @@ class EWCLoss:
                 tied aliases and frozen parameters are ignored, any other name is an error.
             anchor: The weights to return to, by name, if not the model's present ones; buffers are ignored as well, so
                 that ``model.state_dict()`` fits.
-            **estimate: With ``loader``: ``kind``, ``loss``, ``num_samples``, ``progress``, ``generator``.
+            **estimate: With ``loader``: ``kind``, ``loss``, ``num_samples``, ``progress``, ``generator`` and the other
+                arguments of :func:`ewc_fast.estimate_fisher`.
 
         Raises:
             ValueError: Both or neither of ``loader`` and ``fisher``, a missing or unknown name, a shape that does not
@@ -234,7 +235,7 @@ class EWCLoss:
             anchor = self._by_own_name("anchor", anchor, params, others | buffers)
         if fisher is None:
             assert loader is not None
-            fisher = estimate_fisher(self.model, loader, **estimate)
+            fisher = estimate_fisher(self.model, loader, params=list(params.values()), **estimate)
         info = getattr(fisher, "info", None)
         frozen = self._frozen()
         dropped = self._state.fisher.keys() - params.keys() - frozen.keys()

@@ -2,5 +2,6 @@
 
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.fisher.estimate import estimate_fisher
+from ewc_fast.fisher.estimator import FisherEstimator
 
-__all__ = ["FisherDiagonal", "FisherInfo", "estimate_fisher"]
+__all__ = ["FisherDiagonal", "FisherEstimator", "FisherInfo", "estimate_fisher"]

@@ -16,11 +16,12 @@ class FisherInfo:
     Attributes:
         kind: Where the labels came from, e.g. ``"sampled"``.
         loss: Whose Fisher it is, e.g. ``"cross_entropy"``.
-        unit: The term of the mean loss that one unit of the Fisher belongs to: ``"sample"``.
+        unit: The term of the mean loss that one unit of the Fisher belongs to: ``"sample"``, ``"label"``, ``"token"``.
         num_samples: Number of samples used.
+        num_terms: Number of terms of the mean that were counted: equal to ``num_samples`` where the unit is the sample.
         batch_size: Samples in the largest batch.
-        method: How the gradients were taken: ``"vmap"`` or ``"loop"`` (both per sample, equal up to rounding), or
-            ``"batch"`` (one gradient per batch).
+        method: How the gradients were taken: ``"hooks"``, ``"vmap"`` or ``"loop"`` (all per sample, equal up to
+            rounding; the slowest that a parameter needed), or ``"batch"`` (one gradient per batch).
         is_fisher: False for other importances (constant ones, path integrals): a forgetting predicted from those has no
             unit.
     """
@@ -29,6 +30,7 @@ class FisherInfo:
     loss: str
     unit: str
     num_samples: int
+    num_terms: int
     batch_size: int
     method: str
     is_fisher: bool = True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ewc_fast.fisher import FisherDiagonal, FisherInfo, estimate_fisher, squares
+from ewc_fast.fisher import FisherDiagonal, FisherInfo, estimate_fisher, fallback
 from tests.fisher import models
 
 KINDS = ["exact", "sampled", "empirical", "batch"]
@@ -154,7 +154,9 @@ def test_result_is_a_read_only_mapping() -> None:
     with pytest.raises(AttributeError):
         fisher.info = None  # type: ignore[misc]
     assert repr(fisher).startswith("FisherDiagonal(4 tensors, 74 values, info=FisherInfo(kind='empirical'")
-    assert fisher.info == FisherInfo("empirical", "cross_entropy", "sample", num_samples=6, batch_size=4, method="vmap")
+    assert fisher.info == FisherInfo(
+        "empirical", "cross_entropy", "sample", num_samples=6, num_terms=6, batch_size=4, method="hooks"
+    )
 
 
 def test_diagonal_made_by_hand() -> None:
@@ -165,7 +167,9 @@ def test_diagonal_made_by_hand() -> None:
 
 
 def test_info_survives_json() -> None:
-    info = FisherInfo("batch", "cross_entropy", "sample", num_samples=6, batch_size=4, method="batch", is_fisher=False)
+    info = FisherInfo(
+        "batch", "cross_entropy", "sample", num_samples=6, num_terms=6, batch_size=4, method="batch", is_fisher=False
+    )
     assert FisherInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
     values = info.to_dict()
     del values["is_fisher"]
@@ -200,12 +204,19 @@ class Constant(nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"kind": "exakt"}, ValueError, "kind='exakt'.*'exact', 'sampled', 'empirical', 'batch'"),
-        ({"kind": "reversed"}, ValueError, "kind='reversed' is not available in this version"),
-        ({"kind": "predicted"}, ValueError, "kind='predicted' is not available in this version"),
+        ({"kind": "exakt"}, ValueError, "kind='exakt'.*'exact', 'sampled', 'empirical', 'predicted', 'reversed'"),
+        ({"kind": "reversed", "loss": "gaussian"}, ValueError, "kind='reversed' has no meaning for loss='gaussian'"),
+        ({"kind": "predicted", "loss": "gaussian"}, ValueError, "kind='predicted' has no meaning for loss='gaussian'"),
+        ({"num_label_samples": 0}, ValueError, "num_label_samples must be a positive integer, got 0"),
+        (
+            {"num_label_samples": 2, "kind": "exact"},
+            ValueError,
+            "num_label_samples=2 has a meaning for kind='sampled' only",
+        ),
         ({"loss": "crossentropy"}, ValueError, "loss='crossentropy'.*'cross_entropy'"),
-        ({"loss": "causal_lm"}, ValueError, "loss='causal_lm' is not available in this version"),
-        ({"loss": lambda model, batch: None}, ValueError, "loss=.*not available in this version"),
+        ({"loss": "causal_lm"}, ValueError, "batch 0: loss='causal_lm' needs logits"),
+        ({"loss": lambda model, batch: None}, ValueError, "kind='sampled' is unknown to a callable loss"),
+        ({"loss": nn.MSELoss()}, ValueError, "loss=MSELoss is a criterion of"),
         ({"num_samples": 0}, ValueError, "num_samples must be a positive integer or None, got 0"),
         ({"num_samples": 2.5}, ValueError, "num_samples must be a positive integer"),
         ({"num_samples": True}, ValueError, "num_samples must be a positive integer"),
@@ -213,10 +224,10 @@ class Constant(nn.Module):
         ({"loader": 7}, TypeError, "loader must be an iterable of batches, got int"),
         ({"loader": []}, ValueError, "loader is empty"),
         ({"loader": [torch.zeros(0, 5)]}, ValueError, "loader is empty"),
-        ({"loader": [{"x": torch.zeros(2, 5)}]}, TypeError, "batch 0: .*pair of tensors.*got dict"),
-        ({"loader": [batch(), (1, 2)]}, TypeError, "batch 1: .*got tuple of int, int"),
+        ({"loader": [{"x": "text"}]}, TypeError, "batch 0: .*a pair .*got dict without any"),
+        ({"loader": [batch(), (1, 2)]}, TypeError, "batch 1: .*got tuple without any"),
         ({"loader": [(*batch(), torch.zeros(4))]}, TypeError, "batch 0: .*got tuple of Tensor, Tensor, Tensor"),
-        ({"loader": [()]}, TypeError, "batch 0: .*got tuple of nothing"),
+        ({"loader": [()]}, TypeError, "batch 0: .*got tuple without any"),
         ({"loader": [torch.tensor(1.0)]}, ValueError, "batch 0: inputs must have a batch dimension"),
         ({"loader": [torch.zeros(2, 5)], "kind": "empirical"}, ValueError, "batch 0: kind='empirical' needs labels"),
         ({"loader": [[torch.zeros(2, 5)]], "kind": "batch"}, ValueError, "batch 0: kind='batch' needs labels"),
@@ -251,12 +262,12 @@ def test_bad_labels(labels: Tensor, message: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [
-        (torch.zeros(2, 3, 7), ValueError, r"\(2, 3, 7\); token classification and causal language model objectives"),
+        (torch.zeros(2, 3, 7), ValueError, r"\(2, 3, 7\), so labels .* are needed.*loss='causal_lm'"),
         (torch.zeros(3), ValueError, r"shape \(batch, classes\) = \(2, C\), got \(3,\)"),
         (torch.zeros(3, 4), ValueError, r"shape \(batch, classes\) = \(2, C\), got \(3, 4\)"),
         (torch.zeros(2, 1), ValueError, "two classes or more"),
         (torch.zeros(2, 3, dtype=torch.long), ValueError, "floating point logits, got torch.int64"),
-        ({"logits": torch.zeros(2, 3)}, TypeError, "logits as a tensor, got dict; wrap the model"),
+        ({"scores": torch.zeros(2, 3)}, TypeError, "logits as a tensor or as .logits, got dict; wrap the model"),
     ],
 )
 def test_bad_logits(output: Any, error: type[Exception], message: str) -> None:
@@ -317,17 +328,17 @@ def test_out_of_memory_is_not_taken_for_a_model_that_cannot_be_vectorised(monkey
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(squares, "vmap", fail)
+    monkeypatch.setattr(fallback, "vmap", fail)
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
-        estimate_fisher(models.mlp(), [batch()])
+        estimate_fisher(models.Curved(), [batch()])
 
 
-def test_attention_is_vectorised_without_a_warning() -> None:
+def test_attention_is_covered_without_a_warning() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(32, 3))
     batch = (torch.randn(3, 4, 8), torch.randint(3, (3,)))
     estimate = estimate_fisher(model, [batch], kind="empirical")  # a warning would be an error
-    assert estimate.info.method == "vmap"
+    assert estimate.info.method == "hooks"
     params = dict(model.named_parameters())
     expected = {n: torch.zeros_like(p) for n, p in params.items()}
     model.eval()

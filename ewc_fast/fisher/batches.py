@@ -1,0 +1,89 @@
+"""Batches as loaders yield them: tensors, pairs, dicts, nested; how a model is called with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class Call(NamedTuple):
+    """A batch taken apart: ``model(*args, **kwargs)`` and what its output is compared with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Tensor | None
+
+
+def _plain(batch: Any) -> Any:
+    """Mappings of other types (``BatchEncoding``) as dicts, which trees are made of."""
+    if isinstance(batch, Mapping):
+        return {key: _plain(value) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return tuple(_plain(part) for part in batch)
+    return batch
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The same batch with its tensors detached and on ``device``."""
+    leaves, tree = tree_flatten(_plain(batch))
+    moved = [t.detach().to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in leaves]
+    return tree_unflatten(moved, tree)
+
+
+def batch_size(batch: Any) -> int:
+    """The length of the first tensor's first dimension.
+
+    Raises:
+        TypeError: There is no tensor in it.
+        ValueError: The first tensor has no dimension.
+    """
+    tensors = [t for t in tree_flatten(_plain(batch))[0] if isinstance(t, Tensor)]
+    if not tensors:
+        raise TypeError(
+            "a batch must be an inputs tensor, a pair (inputs, labels) or a dict with tensors in it, got "
+            f"{type(batch).__name__} without any"
+        )
+    if tensors[0].dim() == 0:
+        raise ValueError("inputs must have a batch dimension, got a 0-dim tensor")
+    return len(tensors[0])
+
+
+def take(batch: Any, samples: slice, size: int) -> Any:
+    """Some samples of a batch: what is not a tensor with ``size`` rows belongs to all of them."""
+    leaves, tree = tree_flatten(batch)
+    part = [t[samples] if isinstance(t, Tensor) and t.dim() and len(t) == size else t for t in leaves]
+    return tree_unflatten(part, tree)
+
+
+def take_apart(batch: Any) -> Call:
+    """How to call a model with a batch.
+
+    Raises:
+        TypeError: It is neither a tensor, nor a tuple of one or two, nor a dict.
+    """
+    if isinstance(batch, Tensor):
+        return Call((batch,), {}, None)
+    if isinstance(batch, Mapping):
+        return Call((), {k: v for k, v in batch.items() if k != "labels"}, batch.get("labels"))
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (1, 2):
+        what = (
+            f" of {', '.join(type(part).__name__ for part in batch) or 'nothing'}" if isinstance(batch, tuple) else ""
+        )
+        raise TypeError(
+            "a batch must be an inputs tensor, a pair (inputs, labels) or a dict with labels under 'labels', got "
+            f"{type(batch).__name__}{what}"
+        )
+    inputs, labels = batch[0], batch[1] if len(batch) == 2 else None
+    if labels is not None and not isinstance(labels, Tensor):
+        raise TypeError(f"a batch must be a pair of (inputs, labels) with labels a tensor, got {type(labels).__name__}")
+    if isinstance(inputs, Mapping):
+        return Call((), dict(inputs), labels)
+    if isinstance(inputs, Tensor):
+        return Call((inputs,), {}, labels)
+    if isinstance(inputs, (tuple, list)) and inputs:
+        return Call(tuple(inputs), {}, labels)
+    raise TypeError(f"a batch must be a pair of tensors (inputs, labels), got {type(inputs).__name__} as inputs")

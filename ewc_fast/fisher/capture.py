@@ -1,0 +1,414 @@
+"""Sees every operation that a model does with its parameters, and takes per-sample gradients as backward passes by.
+
+A parameter enters an operation that has a rule without a graph; the operation's output passes through a tap, whose
+backward has input and output gradient and adds the squares at once. So no weight gradient is computed, and nothing the
+size of the batch times the parameters is kept. What no rule covers is found out and left to others, never missed: a
+parameter that is used out of sight still gets an ordinary gradient, and that is looked for.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ewc_fast.fisher.rules import Broadcast, Convolution, Product, Rows, Rule, add_squares_
+
+UNCOVERED = "uncovered"
+# Where the samples lie: in dimension 0 or 1, or in blocks or steps of a flattened dimension 0.
+LAYOUTS = ("rows", "columns", "blocks", "steps")
+
+Maker = Callable[..., Any]
+_makers: dict[Any, Maker] = {}
+
+
+class StatusChanged(Exception):
+    """A parameter was used in a way not seen before: look again, then run the batch anew."""
+
+
+def _makes(*functions: Any) -> Callable[[Maker], Maker]:
+    def register(maker: Maker) -> Maker:
+        _makers.update(dict.fromkeys(functions, maker))
+        return maker
+
+    return register
+
+
+# Each maker runs an operation on detached parameters and says, by role, how their gradients follow: the parameter, its
+# rule, and the x that the rule wants. `p` detaches a parameter, `is_p` tells whether a tensor is one.
+
+
+@_makes(F.linear, torch._C._nn.linear)
+def _linear(is_p: Any, p: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if is_p(input) or weight.dim() != 2 or input.dim() < 2:
+        return None
+    return F.linear(input, p(weight), p(bias)), {
+        "weight": (weight, Product(left_is_g=True), input),
+        "bias": (bias, None if bias is None else Broadcast(bias.shape), None),
+    }
+
+
+@_makes(torch.addmm)
+def _addmm(is_p: Any, p: Any, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Any:
+    if scales or is_p(mat1) or input.dim() != 1:
+        return None
+    return torch.addmm(p(input), mat1, p(mat2)), {
+        "bias": (input, Broadcast(input.shape), None),
+        "weight": (mat2, Product(left_is_g=False), mat1),
+    }
+
+
+@_makes(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def _matmul(is_p: Any, p: Any, input: Tensor, other: Tensor) -> Any:
+    if is_p(input) or other.dim() != 2 or input.dim() < 2:
+        return None
+    return input @ p(other), {"weight": (other, Product(left_is_g=False), input)}
+
+
+def _conv(function: Any, dims: int) -> Maker:
+    def pair(value: Any) -> tuple[int, ...]:
+        return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
+
+    def maker(
+        is_p: Any,
+        p: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        if is_p(input) or input.dim() != dims + 2:
+            return None
+        spread = pair(dilation)
+        if padding == "same":
+            whole = [d * (k - 1) for d, k in zip(spread, weight.shape[2:], strict=True)]
+            pads = [side for w in reversed(whole) for side in (w // 2, w - w // 2)]
+        else:
+            pads = [n for n in reversed(pair(0 if padding == "valid" else padding)) for _ in range(2)]
+        rule = Convolution(weight.shape, pair(stride), pads, spread, groups)
+        return function(input, p(weight), p(bias), stride, padding, dilation, groups), {
+            "weight": (weight, rule, input),
+            "bias": (bias, None if bias is None else Broadcast(bias.shape, channels=True), None),
+        }
+
+    return maker
+
+
+for _function, _dims in ((torch.conv1d, 1), (torch.conv2d, 2), (torch.conv3d, 3)):
+    _makers[_function] = _conv(_function, _dims)
+for _name, _dims in (("conv1d", 1), ("conv2d", 2), ("conv3d", 3)):
+    _makers[getattr(F, _name)] = _makers[getattr(torch, _name)]
+
+
+@_makes(F.embedding, torch.embedding)
+def _embedding(
+    is_p: Any,
+    p: Any,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if not is_p(weight) or max_norm is not None or scale_grad_by_freq:
+        return None
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += len(weight)
+    return F.embedding(input, p(weight), padding_idx), {"weight": (weight, Rows(weight.shape, padding_idx), input)}
+
+
+def _affine(normed: Tensor, weight: Any, bias: Any, channels: bool) -> dict[str, Any]:
+    return {
+        "weight": (weight, None if weight is None else Broadcast(weight.shape, True, channels), normed),
+        "bias": (bias, None if bias is None else Broadcast(bias.shape, False, channels), None),
+    }
+
+
+@_makes(F.layer_norm, torch.layer_norm)
+def _layer_norm(is_p: Any, p: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None,
+                eps: float = 1e-5, *_: Any) -> Any:  # fmt: skip
+    if is_p(input):
+        return None
+    normed = F.layer_norm(input.detach(), normalized_shape, None, None, eps)
+    return F.layer_norm(input, normalized_shape, p(weight), p(bias), eps), _affine(normed, weight, bias, False)
+
+
+@_makes(F.rms_norm, torch.rms_norm)
+def _rms_norm(is_p: Any, p: Any, input: Tensor, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
+    if is_p(input):
+        return None
+    normed = F.rms_norm(input.detach(), normalized_shape, None, eps)
+    return F.rms_norm(input, normalized_shape, p(weight), eps), _affine(normed, weight, None, False)
+
+
+@_makes(F.group_norm)
+def _group_norm(is_p: Any, p: Any, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None,
+                eps: float = 1e-5) -> Any:  # fmt: skip
+    if is_p(input):
+        return None
+    normed = F.group_norm(input.detach(), num_groups, None, None, eps)
+    return F.group_norm(input, num_groups, p(weight), p(bias), eps), _affine(normed, weight, bias, True)
+
+
+@_makes(F.batch_norm)
+def _batch_norm(is_p: Any, p: Any, input: Tensor, running_mean: Any, running_var: Any, weight: Any = None,
+                bias: Any = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Any:  # fmt: skip
+    if is_p(input) or training or running_mean is None or input.dim() < 2:
+        return None
+    normed = F.batch_norm(input.detach(), running_mean, running_var, None, None, False, momentum, eps)
+    y = F.batch_norm(input, running_mean, running_var, p(weight), p(bias), False, momentum, eps)
+    return y, _affine(normed, weight, bias, True)
+
+
+def _elementwise(function: Any, times: bool) -> Maker:
+    def maker(is_p: Any, p: Any, input: Any, other: Any, **alpha: Any) -> Any:
+        param, x = (input, other) if is_p(input) else (other, input)
+        if alpha or not isinstance(x, Tensor) or is_p(x):
+            return None
+        fits = param.dim() < x.dim() or (param.dim() == x.dim() and param.shape[0] == 1)
+        if not fits or torch.broadcast_shapes(param.shape, x.shape) != x.shape:
+            return None
+        y = function(p(param) if param is input else input, p(param) if param is other else other)
+        return y, {"other": (param, Broadcast(param.shape, times), x if times else None)}
+
+    return maker
+
+
+_times: bool
+_operation: Any
+for _operation, _times in (
+    *((f, True) for f in (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)),
+    *(
+        (f, False)
+        for f in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__sub__, torch.sub, Tensor.sub)
+    ),
+):
+    _makers[_operation] = _elementwise(_operation, _times)
+
+
+@_makes(Tensor.expand)
+def _expand(is_p: Any, p: Any, input: Tensor, *sizes: Any) -> Any:
+    y = p(input).expand(*sizes)
+    if y.dim() != input.dim() or not y.dim() or input.shape[0] != 1:
+        return None
+    return y.contiguous(), {"other": (input, Broadcast(input.shape), None)}
+
+
+_without_override: dict[Any, Any] = {}
+
+
+def _body(function: types.FunctionType) -> Any:
+    """A copy of one of torch's Python functions that runs its body instead of asking the mode again."""
+    if function not in _without_override:
+        names = dict(function.__globals__)
+        for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
+            if name in names:
+                names[name] = lambda *_: False
+        copied = types.FunctionType(
+            function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+        )
+        copied.__kwdefaults__ = function.__kwdefaults__
+        _without_override[function] = copied
+    return _without_override[function]
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; its backward hands on what it saved and the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, take: Any, *saved: Tensor) -> Tensor:
+        ctx.take = take
+        ctx.save_for_backward(*saved)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        ctx.take(ctx.saved_tensors, g)
+        return (g, *[None] * (2 + len(ctx.saved_tensors)))
+
+
+class Capture(TorchFunctionMode):
+    """Watches one forward and its backwards.
+
+    Args:
+        leaves: The parameters by name, as the model holds them meanwhile.
+        sums: Where the squares go, by name.
+        status: What is known of each parameter: a layout, or ``UNCOVERED``; changed.
+        size: Samples in the batch.
+        looking: Find out the status instead of adding squares.
+    """
+
+    def __init__(
+        self, leaves: Mapping[str, Tensor], sums: Mapping[str, Tensor], status: dict[str, str], size: int, looking: bool
+    ) -> None:
+        super().__init__()
+        self._names = {id(t): name for name, t in leaves.items()}
+        self._sums, self.status, self._size, self._looking = sums, status, size, looking
+        self._lengths: set[int] = set()
+        self._count: dict[str, int] = {}
+        self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
+        self._backward = False
+        self.verified: set[str] = set()
+        self.candidates: dict[str, set[str]] = {}
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = self._found(args, kwargs)
+        if not found:
+            return func(*args, **kwargs)
+        maker = _makers.get(func)
+        if maker is not None:
+            made = maker(self._is_mine, self._detached, *args, **kwargs)
+            if made is not None and (result := self._tapped(*made)) is not None:
+                return result
+        elif isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional":
+            with self:
+                return _body(func)(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if torch.is_grad_enabled() and _needs_grad(result):
+            self._uncover(found)
+        return result
+
+    def _found(self, args: Any, kwargs: Any) -> list[str]:
+        found = []
+        for a in (*args, *kwargs.values()):
+            for t in a if isinstance(a, (list, tuple)) else (a,):
+                if isinstance(t, Tensor) and id(t) in self._names:
+                    name = self._names[id(t)]
+                    if self.status.get(name) != UNCOVERED:
+                        found.append(name)
+        return found
+
+    def _is_mine(self, t: Any) -> bool:
+        return isinstance(t, Tensor) and id(t) in self._names
+
+    def _detached(self, t: Any) -> Any:
+        return t.detach() if self._is_mine(t) and self.status.get(self._names[id(t)]) != UNCOVERED else t
+
+    def _uncover(self, names: list[str]) -> None:
+        for name in names:
+            self.status[name] = UNCOVERED
+            self.candidates.pop(name, None)
+        if not self._looking:
+            raise StatusChanged
+
+    def _tapped(self, y: Tensor, uses: Mapping[str, Any]) -> Tensor | None:
+        mine = []
+        for t, rule, x in uses.values():
+            if t is not None and self._is_mine(t) and self.status.get(self._names[id(t)]) != UNCOVERED:
+                mine.append((self._names[id(t)], rule, x))
+        expanded = y.shape[0] == 1 and self._size > 1 and all(isinstance(rule, Rows) for _, rule, _ in mine)
+        if expanded:  # shared by all samples: each gets its own
+            y = y.expand(self._size, *y.shape[1:]).contiguous()
+            mine = [(name, rule, x.expand(self._size, *x.shape[1:])) for name, rule, x in mine]
+        layouts = self._layouts(y, mine)
+        if not layouts:
+            return None
+        if self._looking:
+            for name, _, _ in mine:
+                self.candidates[name] = self.candidates.get(name, set(LAYOUTS)) & layouts
+                if not self.candidates[name]:
+                    return None
+        else:
+            for name, _, _ in mine:
+                if name not in self.status:
+                    raise StatusChanged
+                if self.status[name] not in layouts:
+                    return None
+        if y.dim() > 2 and not isinstance(mine[0][1], Convolution):
+            self._lengths.update(y.shape[:-1])
+        if not torch.is_grad_enabled():
+            return y
+        for name, _, _ in mine:
+            if not self._backward:
+                self._count[name] = self._count.get(name, 0) + 1
+        half = y.dtype in (torch.bfloat16, torch.float16)
+        saved = [None if x is None else x.detach() for _, _, x in mine]
+        saved = [x.to(y.dtype) if half and x is not None and x.is_floating_point() else x for x in saved]
+        kept = [x for x in saved if x is not None]
+        index = iter(range(len(kept)))
+        where = [None if x is None else next(index) for x in saved]
+
+        def take(tensors: Any, g: Tensor) -> None:
+            for (name, rule, _), i in zip(mine, where, strict=True):
+                self._take(name, rule, g if i is None else tensors[i], g, layouts)
+
+        return _Tap.apply(y, self._anchor, take, *kept)
+
+    def _layouts(self, y: Tensor, mine: list[Any]) -> set[str]:
+        n, found = self._size, set()
+        if y.shape[0] == n:
+            found.add("rows")
+        plain = all(isinstance(rule, (Product, Rows)) or
+                    (isinstance(rule, Broadcast) and not rule.channels and len(rule.shape) <= y.dim() - 2)
+                    for _, rule, _ in mine)  # fmt: skip
+        if plain and y.dim() > 2 and y.shape[1] == n:
+            found.add("columns")
+        products = all(isinstance(rule, Product) or (isinstance(rule, Broadcast) and len(rule.shape) == 1)
+                       for _, rule, _ in mine)  # fmt: skip
+        if products and y.dim() == 2 and y.shape[0] % n == 0 and y.shape[0] // n in self._lengths:
+            found |= {"blocks", "steps"}
+        return found
+
+    def _by_sample(self, t: Tensor, layout: str) -> Tensor:
+        if layout == "columns":
+            return t.transpose(0, 1)
+        if layout == "blocks":
+            return t.reshape(self._size, -1, *t.shape[1:])
+        if layout == "steps":
+            return t.reshape(-1, self._size, *t.shape[1:]).transpose(0, 1)
+        return t
+
+    def _take(self, name: str, rule: Rule, x: Tensor, g: Tensor, layouts: set[str]) -> None:
+        if self._looking:
+            if g.any():
+                fits = {k for k in layouts if not self._by_sample(g, k)[1:].any()}
+                self.candidates[name] = self.candidates.get(name, set()) & fits
+                self.verified.add(name)
+            return
+        layout = self.status[name]
+        x, g = self._by_sample(x, layout), self._by_sample(g, layout)
+        total = self._sums[name]
+        if self._count[name] == 1:
+            rule.add_squares_(total, x, g)
+            return
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append((rule, x, g))
+        if len(waiting) == self._count[name]:
+            self._add_waiting(name)
+
+    def _add_waiting(self, name: str) -> None:
+        """Several uses: their gradients are summed, sample by sample, before they are squared."""
+        waiting = self._waiting.pop(name)
+        one = torch.zeros_like(self._sums[name])
+        for i in range(self._size):
+            one.zero_()
+            for rule, x, g in waiting:
+                rule.add_one_(one, x[i : i + 1], g[i : i + 1])
+            add_squares_(self._sums[name], one[None])
+
+    def backward(self, z: Tensor, cotangent: Tensor, *, again: bool) -> None:
+        """Runs one backward from the output, with everything that it leads to."""
+        self._backward = True
+        if z.requires_grad:
+            torch.autograd.backward(z, cotangent.to(z.dtype), retain_graph=again)
+        for name in list(self._waiting):
+            self._add_waiting(name)
+
+
+def _needs_grad(result: Any) -> bool:
+    if isinstance(result, Tensor):
+        return result.requires_grad
+    return isinstance(result, (list, tuple)) and any(_needs_grad(r) for r in result)

@@ -1,0 +1,395 @@
+"""``FisherEstimator``: a Fisher diagonal that grows batch by batch, and that can be put aside and taken up again."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
+
+from ewc_fast.fisher.batches import batch_size, take, to_device
+from ewc_fast.fisher.capture import UNCOVERED, Capture, StatusChanged
+from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
+from ewc_fast.fisher.fallback import add_in_loop, add_vectorised
+from ewc_fast.fisher.modes import module_mode
+from ewc_fast.fisher.objectives import Objective, Target, make_objective
+from ewc_fast.layout import select_parameters, wrapper_prefix
+
+_LOOK_SAMPLES = 3  # of the batch, to find out where in each operation the samples lie
+_MAX_LOOKS = 3
+
+
+class FisherEstimator:
+    """Estimates a Fisher diagonal batch by batch; :func:`ewc_fast.estimate_fisher` is a loop over it.
+
+    Per sample, over a whole batch: one forward, and one backward without weight gradients, in which each layer's input
+    and output gradient give the sum of the squared per-sample gradients. For a linear layer with one vector per sample
+    that is one matrix product of squares; elsewhere per-sample gradients are formed and squared in blocks that stay in
+    the cache. Parameters in operations without such a rule go through :mod:`torch.func`, and where that fails through a
+    loop over samples, which is said. A parameter that is used several times has its gradients summed before they are
+    squared.
+
+    Batches of one sample, and kind ``"batch"``, are an ordinary backward in which each gradient is squared and freed as
+    soon as it is ready.
+
+    Args:
+        model: See :func:`ewc_fast.estimate_fisher`, as for the other arguments.
+        kind: Where the labels come from.
+        loss: Whose Fisher it is.
+        generator: Source of drawn labels, None for the global random state.
+        num_label_samples: Labels drawn per term.
+        logits_transform: From the model's logits to those of the likelihood.
+        params: Names, shell patterns or parameters to estimate for; None for all that require grad.
+        out: Tensors by parameter name to accumulate in, zeroed here: fp32, or fp64 for fp64 parameters.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: str = "sampled",
+        loss: str | Callable[..., Tensor] = "cross_entropy",
+        generator: torch.Generator | None = None,
+        *,
+        num_label_samples: int = 1,
+        logits_transform: Callable[[Tensor], Tensor] | None = None,
+        params: Any = None,
+        out: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        self._objective: Objective = make_objective(kind, loss, logits_transform, num_label_samples)
+        selected, _, _ = select_parameters(model, params)
+        if not selected:
+            raise ValueError(
+                "no parameter of the model requires grad: call requires_grad_(True) on those to estimate for"
+            )
+        self.kind, self._generator = kind, generator
+        while (prefix := wrapper_prefix(model)) is not None:
+            model = model.get_submodule(prefix)
+        self._model = model
+        self._device = next(iter(selected.values())).device
+        inner = {id(p): name for name, p in model.named_parameters()}
+        self._inner = {name: inner[id(p)] for name, p in selected.items()}
+        self._params = dict(selected)
+        self._others = {n: p.detach() for n, p in model.named_parameters() if n not in set(self._inner.values())}
+        with torch.inference_mode(False):  # or what is made here could not be changed outside of it
+            self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+            self._sums = self._allocate(out)
+        self._status: dict[str, str] = {}
+        self._looks: dict[str, int] = {}
+        self._vectorised = True
+        self._methods: set[str] = set()
+        self.num_samples = self.num_terms = self._largest = self._batches = 0
+
+    def _allocate(self, out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        sums = {}
+        for name, p in self._params.items():
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            if out is None:
+                sums[name] = torch.zeros(p.shape, dtype=dtype, device=p.device)
+                continue
+            if (
+                name not in out
+                or out[name].shape != p.shape
+                or out[name].dtype != dtype
+                or out[name].device != p.device
+            ):
+                raise ValueError(f"out[{name!r}] must be a {dtype} tensor of shape {tuple(p.shape)} on {p.device}")
+            sums[name] = out[name].zero_()
+        return sums
+
+    # ---- running the model ----
+
+    def _run(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """The objective's output with ``weights`` in place of the parameters of these names, the others detached."""
+        swapped = {self._inner[name]: weights.get(name, p.detach()) for name, p in self._params.items()}
+        tensors = {**self._others, **self._buffers, **swapped}
+        with _reparametrize_module(self._model, tensors, tie_weights=True):
+            return self._objective.output(self._model, batch)
+
+    def update(self, batch: Any) -> None:
+        """Adds a batch.
+
+        Args:
+            batch: See :func:`ewc_fast.estimate_fisher`.
+
+        Raises:
+            ValueError, TypeError: As there, with the batch's index. After an error the estimate is not to be used.
+        """
+        fastpath = torch.backends.mha.get_fastpath_enabled()
+        try:
+            with module_mode(self._model, training=False), torch.inference_mode(False), torch.enable_grad():
+                torch.backends.mha.set_fastpath_enabled(False)  # it uses parameters out of sight
+                self._add(to_device(batch, self._device))
+        except (TypeError, ValueError) as error:
+            error.args = (f"batch {self._batches}: {error}",)
+            raise
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+        self._batches += 1
+
+    def _add(self, batch: Any) -> None:
+        size = batch_size(batch)
+        if not size:
+            return
+        if self.kind == "batch" or size == 1:
+            terms = self._add_whole(batch)
+            self._methods.add("batch" if self.kind == "batch" else "hooks")
+        else:
+            terms = self._add_per_sample(batch, size)
+        self._check_squares()
+        self.num_samples += size
+        self.num_terms += terms
+        self._largest = max(self._largest, size)
+
+    def _target(self, z: Tensor, batch: Any) -> Target:
+        """The labels; raises if the outputs that count are not finite."""
+        target = self._objective.target(self._model, z, batch)
+        if not self._objective.finite(z.detach(), target):
+            where = self._where_not_finite(batch)
+            raise ValueError(
+                f"the loss is not finite{where}: check the inputs and the model's weights for NaN and infinities"
+            )
+        return target
+
+    def _where_not_finite(self, batch: Any) -> str:
+        found: list[str] = []
+
+        def look(name: str, module: nn.Module) -> Callable[..., None]:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                if (
+                    not found
+                    and isinstance(output, Tensor)
+                    and output.is_floating_point()
+                    and not output.isfinite().all()
+                ):
+                    found.append(f" (it begins in {name or 'the model itself'}, {type(module).__name__})")
+
+            return hook
+
+        handles = [m.register_forward_hook(look(name, m)) for name, m in self._model.named_modules()]
+        try:
+            with torch.no_grad():
+                self._run({}, batch)
+        except Exception:  # the error that led here is the one to tell
+            return found[0] if found else ""
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[0] if found else ""
+
+    def _cotangents(self, z: Tensor, target: Target) -> Iterator[tuple[Tensor, bool]]:
+        """Each cotangent, and whether another follows."""
+        if not target.terms:
+            return
+        cotangents = self._objective.cotangents(z, target, self._generator)
+        current = next(cotangents, None)
+        while current is not None:
+            following = next(cotangents, None)
+            yield current, following is not None
+            current = following
+
+    def _add_whole(self, batch: Any) -> int:
+        """One gradient for the whole batch, each parameter's squared and freed as it becomes ready."""
+        leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
+
+        def hook_for(total: Tensor) -> Callable[[Tensor], None]:
+            def hook(leaf: Tensor) -> None:
+                assert leaf.grad is not None
+                grad = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
+                leaf.grad = None
+                grad = grad.to(total.dtype)
+                total.addcmul_(grad, grad)
+
+            return hook
+
+        for name, leaf in leaves.items():
+            leaf.register_post_accumulate_grad_hook(hook_for(self._sums[name]))
+        z = self._run(leaves, batch)
+        target = self._target(z, batch)
+        if z.requires_grad:
+            for cotangent, more in self._cotangents(z, target):
+                torch.autograd.backward(z, cotangent.to(z.dtype), retain_graph=more)
+        return target.terms
+
+    def _add_per_sample(self, batch: Any, size: int) -> int:
+        if self._methods.isdisjoint({"hooks"}) or not self._status:
+            self._look(batch, size)
+        for _ in range(_MAX_LOOKS + len(self._params)):
+            try:
+                return self._add_captured(batch, size)
+            except StatusChanged:
+                self._look(batch, size)
+        raise RuntimeError("the model uses its parameters differently at every call: give it batches of one sample")
+
+    def _covered(self) -> list[str]:
+        return [name for name in self._params if self._status.get(name) != UNCOVERED]
+
+    def _look(self, batch: Any, size: int) -> None:
+        """Finds out which parameters the rules cover, from the first samples: output gradients of one must be zero for
+        the others."""
+        few = min(size, _LOOK_SAMPLES)
+        part = take(batch, slice(0, few), size)
+        leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
+        capture = Capture(leaves, self._sums, self._status, few, looking=True)
+        buffers = {name: b.clone() for name, b in self._buffers.items()}
+        try:
+            with capture:
+                z = self._run(leaves, part)
+                noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z.device, z.dtype)
+                noise[1:] = 0
+                capture.backward(z, noise, again=False)
+        except (StatusChanged, RuntimeError, ValueError, TypeError, IndexError):  # not to be run in this way
+            self._status.update(dict.fromkeys(self._params, UNCOVERED))
+            return
+        finally:
+            self._buffers = buffers
+        for name, leaf in leaves.items():
+            if leaf.grad is not None or not capture.candidates.get(name, {"unused"}):
+                self._status[name] = UNCOVERED
+            elif name in capture.verified:
+                self._status[name] = next(
+                    k for k in ("rows", "columns", "blocks", "steps") if k in capture.candidates[name]
+                )
+            elif name in capture.candidates:  # used, but its gradient was zero
+                self._looks[name] = self._looks.get(name, 0) + 1
+                if self._looks[name] >= _MAX_LOOKS:
+                    self._status[name] = UNCOVERED
+
+    def _add_captured(self, batch: Any, size: int) -> int:
+        covered = self._covered()
+        leaves = {name: self._params[name].detach().requires_grad_() for name in covered}
+        rest = {name: p.detach() for name, p in self._params.items() if name not in leaves}
+        capture = Capture(leaves, self._sums, self._status, size, looking=False)
+        with capture:
+            z = self._run(leaves, batch)
+        target = self._target(z, batch)
+        self._methods.add("hooks" if covered else "vmap")
+        for cotangent, more in self._cotangents(z, target):
+            if covered:
+                with capture:
+                    capture.backward(z, cotangent, again=more)
+                for name, leaf in leaves.items():
+                    if leaf.grad is not None:
+                        raise RuntimeError(
+                            f"{name} is used in a way that the first batches did not show: give the model batches of "
+                            "one sample"
+                        )
+            if rest:
+                self._add_rest(rest, batch, size, cotangent)
+        return target.terms
+
+    def _add_rest(self, weights: dict[str, Tensor], batch: Any, size: int, cotangent: Tensor) -> None:
+        if self._vectorised:
+            try:
+                staged = {name: torch.zeros_like(self._sums[name]) for name in weights}
+                add_vectorised(self._run, weights, staged, batch, size, cotangent)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a model that runs on a batch raises here, vmap's tracing is its cause
+                self._vectorised = False
+                reason = str(error).strip().split("\n")[0]
+                warnings.warn(
+                    f"{type(self._model).__name__} cannot run under torch.vmap ({reason}); the per-sample gradients of "
+                    f"{len(weights)} of its parameters are taken in a loop over samples, which is slower",
+                    stacklevel=2,
+                )
+            else:
+                self._methods.add("vmap")
+                for name, total in staged.items():
+                    self._sums[name] += total
+                return
+        self._methods.add("loop")
+        add_in_loop(self._run, weights, self._sums, batch, size, cotangent)
+
+    def _check_squares(self) -> None:
+        # Sums of squares: the largest is infinite or NaN where any is. A third of isfinite's time.
+        largest = {name: total.amax() for name, total in self._sums.items() if total.numel()}
+        values = torch.stack([value.to(self._device, torch.float64) for value in largest.values()]).tolist()
+        for name, value in zip(largest, values, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(f"the squared gradient of parameter {name!r} is not finite")
+
+    # ---- results ----
+
+    @property
+    def info(self) -> FisherInfo:
+        """How the estimate has been made so far."""
+        method = next((m for m in ("loop", "vmap", "batch") if m in self._methods), "hooks")
+        return FisherInfo(
+            self.kind,
+            self._objective.name,
+            self._objective.unit,
+            self.num_samples,
+            self.num_terms,
+            self._largest,
+            method,
+        )
+
+    def result(self) -> FisherDiagonal:
+        """The estimate from the batches so far; more may follow.
+
+        Raises:
+            ValueError: There were no samples, or no term of them counted.
+        """
+        if not self.num_samples:
+            raise ValueError("the loader is empty: a Fisher estimate needs at least one sample")
+        if not self.num_terms:
+            raise ValueError("no label counts: all are the ignored index, or padding")
+        with torch.inference_mode(False):
+            return FisherDiagonal({name: total / self.num_terms for name, total in self._sums.items()}, self.info)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an interrupted estimate needs to go on: sums, counts, the generator's state."""
+        return {
+            "kind": self.kind,
+            "loss": self._objective.name,
+            "unit": self._objective.unit,
+            "sums": {name: total.clone() for name, total in self._sums.items()},
+            "counts": [self.num_samples, self.num_terms, self._largest, self._batches],
+            "methods": sorted(self._methods),
+            "generator": None if self._generator is None else self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved state.
+
+        Raises:
+            ValueError: It is of another kind, loss or model; nothing has changed then.
+        """
+        if not {"kind", "loss", "unit", "sums", "counts", "methods", "generator"} <= set(state):
+            raise ValueError("this is no state of a FisherEstimator")
+        for what, mine in (("kind", self.kind), ("loss", self._objective.name)):
+            if state[what] != mine:
+                raise ValueError(f"the state is of {what}={state[what]!r}, this estimator of {mine!r}")
+        shapes = {name: total.shape for name, total in state["sums"].items()}
+        if shapes != {name: total.shape for name, total in self._sums.items()}:
+            raise ValueError("the state is of another model: its parameters' names and shapes differ")
+        if (state["generator"] is None) != (self._generator is None):
+            raise ValueError("the state was made with a generator and this estimator has none, or the other way round")
+        for name, total in self._sums.items():
+            total.copy_(state["sums"][name])
+        self._objective.unit = state["unit"]
+        self.num_samples, self.num_terms, self._largest, self._batches = state["counts"]
+        self._methods = set(state["methods"])
+        self._status, self._looks = {}, {}
+        if self._generator is not None:
+            self._generator.set_state(state["generator"])
+
+
+@contextmanager
+def isolated_rng(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """Leaves the global random state as found if there is a generator; a shuffling loader then follows that one."""
+    if generator is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        ahead = torch.Generator(generator.device)  # a seed that follows from the generator and does not advance it
+        ahead.set_state(generator.get_state())
+        torch.manual_seed(int(torch.randint(2**62, (), generator=ahead, device=generator.device)))
+        yield

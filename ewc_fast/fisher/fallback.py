@@ -1,0 +1,63 @@
+"""Per-sample gradients of what the rules do not cover: vectorised with ``torch.func``, or in a loop over samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ewc_fast.fisher.batches import take
+from ewc_fast.fisher.rules import add_squares_
+
+# Per-sample gradients held at once. On the CPU they should stay in the cache between being written and being squared.
+_CHUNK_BYTES = {"cpu": 16 << 20}
+_CHUNK_BYTES_ELSEWHERE = 256 << 20
+
+Run = Callable[[Mapping[str, Tensor], Any], Tensor]  # weights and a batch to outputs
+
+
+def add_vectorised(
+    run: Run, weights: dict[str, Tensor], sums: Mapping[str, Tensor], batch: Any, size: int, cotangent: Tensor
+) -> None:
+    """Adds the squares of all samples' gradients, in chunks of bounded memory."""
+    leaves, tree = tree_flatten(batch)
+    mapped = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.dim() and len(t) == size]
+
+    def gradients(sample: list[Tensor], row: Tensor) -> dict[str, Tensor]:
+        filled = list(leaves)
+        for i, t in zip(mapped, sample, strict=True):
+            filled[i] = t.unsqueeze(0)
+        outputs, pullback, *_ = vjp(lambda w: run(w, tree_unflatten(filled, tree)), weights)
+        return pullback(row.to(outputs.dtype).reshape(outputs.shape))[0]
+
+    gradient_bytes = max(1, sum(w.numel() * w.element_size() for w in weights.values()))
+    device = cotangent.device.type
+    step = max(1, _CHUNK_BYTES.get(device, _CHUNK_BYTES_ELSEWHERE) // gradient_bytes)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+        for start in range(0, size, step):
+            samples = slice(start, start + step)
+            found = vmap(gradients)([leaves[i][samples] for i in mapped], cotangent[samples])
+            for name, gradient in found.items():
+                add_squares_(sums[name], gradient.to(sums[name].dtype))
+
+
+def add_in_loop(
+    run: Run, weights: dict[str, Tensor], sums: Mapping[str, Tensor], batch: Any, size: int, cotangent: Tensor
+) -> None:
+    """The same, one sample at a time."""
+    for i in range(size):
+        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+        outputs = run(leaves, take(batch, slice(i, i + 1), size))
+        if not outputs.requires_grad:
+            continue  # they depend on no parameter for this input: all gradients are 0
+        found = torch.autograd.grad(
+            outputs, list(leaves.values()), cotangent[i : i + 1].to(outputs.dtype), allow_unused=True
+        )
+        for name, gradient in zip(leaves, found, strict=True):
+            if gradient is not None:
+                add_squares_(sums[name], gradient[None].to(sums[name].dtype))

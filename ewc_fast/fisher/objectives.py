@@ -1,0 +1,418 @@
+"""From a model's output to log-likelihoods: which labels a kind of Fisher takes, and the gradient at the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ewc_fast.fisher.batches import batch_size, take_apart
+
+KINDS = ("exact", "sampled", "empirical", "predicted", "reversed", "batch")
+LOSSES = ("cross_entropy", "binary_cross_entropy", "gaussian", "causal_lm")
+_GIVEN = frozenset({"empirical", "reversed", "batch"})
+EXACT_BACKWARDS = 4096  # of one batch
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class Target(NamedTuple):
+    """What an output is compared with.
+
+    Attributes:
+        labels: Shaped like the output without its classes (or like the output); None where the kind draws them.
+        counted: (N, ...) bool, the terms that count; None for all.
+        terms: Their number.
+    """
+
+    labels: Tensor | None
+    counted: Tensor | None
+    terms: int
+
+
+def _logits_of(output: Any) -> Tensor:
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
+        output = output.logits
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"model(inputs) must return the logits as a tensor or as .logits, got {type(output).__name__}; wrap the "
+            "model in a module that returns only its logits"
+        )
+    if not output.is_floating_point():
+        raise ValueError(f"model(inputs) must return floating point logits, got {output.dtype}")
+    return output
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _draw_on(t: Tensor, generator: torch.Generator | None, draw: Callable[[Tensor], Tensor]) -> Tensor:
+    return draw(t if generator is None else t.to(generator.device)).to(t.device)
+
+
+class Objective:
+    """A log-likelihood; the base of all.
+
+    Args:
+        kind: One of :data:`KINDS`.
+        transform: From the model's logits to those of the likelihood, None for the same.
+        draws: Labels drawn per term, kind ``"sampled"``.
+    """
+
+    name = ""
+    unit = "sample"
+
+    def __init__(self, kind: str, transform: Transform | None, draws: int) -> None:
+        self.kind, self.transform, self.draws = kind, transform, draws
+
+    def output(self, model: nn.Module, batch: Any) -> Tensor:
+        """The logits of a batch, (N, ...), with a graph."""
+        args, kwargs, labels = take_apart(batch)
+        if isinstance(batch, Mapping) and labels is not None and self._makes_decoder_inputs(model, kwargs):
+            kwargs = {**kwargs, "labels": labels}
+        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)  # a model may change them in place
+        z = _logits_of(model(*args, **kwargs))
+        z = z if self.transform is None else self.transform(z)
+        return -z if self.kind == "reversed" else z
+
+    @staticmethod
+    def _makes_decoder_inputs(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+        config = getattr(model, "config", None)
+        return bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" not in kwargs
+
+    def target(self, model: nn.Module, z: Tensor, batch: Any) -> Target:
+        """The labels and what counts."""
+        raise NotImplementedError
+
+    def finite(self, z: Tensor, target: Target) -> bool:
+        """Whether the loss is finite wherever it counts."""
+        return bool(z.isfinite().all())
+
+    def cotangents(self, z: Tensor, target: Target, generator: torch.Generator | None) -> Iterator[Tensor]:
+        """Gradients of log-likelihoods at ``z``, each shaped like it; the Fisher is the sum of the squares of each."""
+        raise NotImplementedError
+
+    def _labels(self, batch: Any) -> Tensor | None:
+        labels = take_apart(batch).labels
+        if labels is None and self.kind in _GIVEN:
+            raise ValueError(
+                f"kind={self.kind!r} needs labels: let the loader yield (inputs, labels), or use kind='sampled'"
+            )
+        return labels
+
+
+class CrossEntropy(Objective):
+    """A categorical distribution over the last dimension, one label per sample or per position."""
+
+    name = "cross_entropy"
+
+    def __init__(
+        self, kind: str, transform: Transform | None, draws: int, ignore_index: int = -100, smoothing: float = 0.0
+    ) -> None:
+        super().__init__(kind, transform, draws)
+        self.ignore_index, self.smoothing = ignore_index, smoothing
+
+    def target(self, model: nn.Module, z: Tensor, batch: Any) -> Target:
+        size = batch_size(batch)
+        labels = self._labels(batch)
+        self._check_logits(model, z, size, labels, batch)
+        if z.dim() == 2:
+            if self.kind not in _GIVEN:
+                return Target(None, None, size)
+            assert labels is not None
+            return self._given(z, labels, (size,))
+        if labels is None:
+            raise ValueError(
+                f"the logits have shape {tuple(z.shape)}, so labels (batch, positions) are needed to say which "
+                "positions count (-100 does not); for a causal language model use loss='causal_lm'"
+            )
+        self.unit = "label"
+        return self._given(z, labels, tuple(z.shape[:-1]))
+
+    def _check_logits(self, model: nn.Module, z: Tensor, size: int, labels: Tensor | None, batch: Any) -> None:
+        if z.dim() < 2 or z.shape[0] != size:
+            raise ValueError(
+                f"model(inputs) must return logits of shape (batch, classes) = ({size}, C), got {tuple(z.shape)}"
+            )
+        if z.shape[-1] < 2:
+            raise ValueError(
+                f"model(inputs) returned logits of shape {tuple(z.shape)}: cross-entropy needs two classes or more, "
+                "over a single one it is constant"
+            )
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        causal = any(base.__name__.endswith(("ForCausalLM", "LMHeadModel")) for base in type(model).__mro__)
+        if z.dim() == 3 and labels is not None and isinstance(ids, Tensor) and ids.shape == labels.shape:
+            causal = causal or bool(torch.where(labels == self.ignore_index, ids, labels).equal(ids))
+        if causal:
+            raise ValueError(
+                f"loss='cross_entropy' on a causal language model ({type(model).__name__}) would not shift the labels: "
+                "use loss='causal_lm', whose unit is the token"
+            )
+
+    def _given(self, z: Tensor, labels: Tensor, shape: tuple[int, ...]) -> Target:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be integers (class indices), got {labels.dtype}")
+        if tuple(labels.shape) != shape:
+            hint = ""
+            if z.dim() > 2 and tuple(labels.shape) == (z.shape[0], *z.shape[2:]):
+                hint = "; classes come last: logits_transform=lambda z: z.movedim(1, -1)"
+            kind = "(batch,)" if len(shape) == 1 else "(batch, positions)"
+            raise ValueError(f"labels must have shape {kind} = {shape}, got {tuple(labels.shape)}{hint}")
+        labels = labels.to(z.device).long()
+        counted = labels != self.ignore_index
+        classes = labels[counted]
+        wrong = classes[(classes < 0) | (classes >= z.shape[-1])]
+        if wrong.numel():
+            raise ValueError(f"label {wrong[0].item()} is out of range: the model's logits have {z.shape[-1]} classes")
+        return Target(labels, counted, int(counted.sum()))
+
+    def finite(self, z: Tensor, target: Target) -> bool:
+        # A logit of -inf is a class that cannot be: allowed, unless it is the label's.
+        if target.counted is None or target.labels is None:
+            return bool(_wide(z).softmax(-1).isfinite().all())
+        if self.kind not in _GIVEN:
+            return bool(_wide(z[target.counted]).softmax(-1).isfinite().all())
+        scores = _wide(z[target.counted])
+        chosen = scores.gather(-1, target.labels[target.counted][:, None])[:, 0]
+        return bool((chosen - scores.logsumexp(-1)).isfinite().all())
+
+    def cotangents(self, z: Tensor, target: Target, generator: torch.Generator | None) -> Iterator[Tensor]:
+        z = _wide(z.detach())
+        every = z.new_ones(z.shape[:-1], dtype=torch.bool) if target.counted is None else target.counted
+        probs = z[every].softmax(-1)  # (terms, C)
+        if self.kind == "exact":
+            yield from self._exact(z, every, probs)
+            return
+        for _ in range(self.draws if self.kind == "sampled" else 1):
+            cotangent = torch.zeros_like(z)
+            if self.kind == "sampled":
+                classes = _draw_on(probs, generator, lambda p: torch.multinomial(p, 1, generator=generator)[:, 0])
+            elif self.kind == "predicted":
+                classes = probs.argmax(-1)
+            else:
+                assert target.labels is not None
+                classes = target.labels[every]
+            row = residual(probs, classes)
+            if self.smoothing:
+                row = (1 - self.smoothing) * row + self.smoothing * (1 / z.shape[-1] - probs)
+            cotangent[every] = row / self.draws**0.5 if self.kind == "sampled" else row
+            yield cotangent
+
+    def _exact(self, z: Tensor, every: Tensor, probs: Tensor) -> Iterator[Tensor]:
+        num_classes = z.shape[-1]
+        flat = every.reshape(len(z), -1)  # (N, positions)
+        rows = torch.zeros_like(z).reshape(*flat.shape, num_classes)
+        rows[flat] = probs
+        used = flat.any(0).nonzero()[:, 0].tolist()
+        check_backwards(len(used) * num_classes, f"{len(used)} positions of {num_classes} classes")
+        for position in used:
+            p = rows[:, position]
+            for c in range(num_classes):
+                cotangent = torch.zeros_like(rows)
+                classes = torch.full((len(z),), c, dtype=torch.long, device=z.device)
+                cotangent[:, position] = p[:, c : c + 1].sqrt() * residual(p, classes) * flat[:, position, None]
+                yield cotangent.reshape(z.shape)
+
+
+def residual(probs: Tensor, classes: Tensor) -> Tensor:
+    """``d log p(class) / d logits``: the chosen entry, 1 - p, is summed from the others, or it cancels."""
+    chosen = torch.nn.functional.one_hot(classes, probs.shape[-1]).bool()
+    others = probs.masked_fill(chosen, 0)
+    return torch.where(chosen, others.sum(-1, keepdim=True), -others)
+
+
+def check_backwards(count: int, what: str) -> None:
+    """Raises where ``exact`` would take more backward passes over each batch than anyone waits for."""
+    if count > EXACT_BACKWARDS:
+        raise ValueError(
+            f"kind='exact' would take {count} backward passes over each batch ({what}; at most {EXACT_BACKWARDS} are "
+            "done): use kind='sampled', with num_label_samples for less noise"
+        )
+
+
+class CausalLM(CrossEntropy):
+    """The next token: logits at t against the label at t + 1. The unit is the token."""
+
+    name = "causal_lm"
+    unit = "token"
+
+    def output(self, model: nn.Module, batch: Any) -> Tensor:
+        z = super().output(model, batch)
+        if z.dim() != 3 or z.shape[1] < 2:
+            raise ValueError(
+                f"loss='causal_lm' needs logits (batch, tokens, vocabulary) over two tokens or more, got "
+                f"{tuple(z.shape)}"
+            )
+        return z[:, :-1]
+
+    def target(self, model: nn.Module, z: Tensor, batch: Any) -> Target:
+        call = take_apart(batch)
+        ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
+        labels = ids if call.labels is None else call.labels
+        if not isinstance(labels, Tensor):
+            raise ValueError("loss='causal_lm' needs labels, or input_ids to take them from")
+        if labels.dim() != 2 or labels.shape[1] != z.shape[1] + 1:
+            raise ValueError(
+                f"labels must have shape (batch, tokens) = ({z.shape[0]}, {z.shape[1] + 1}), got {tuple(labels.shape)}"
+            )
+        labels = labels[:, 1:].to(z.device)
+        mask = call.kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            labels = torch.where(mask[:, 1:].to(z.device) != 0, labels, labels.new_full((), self.ignore_index))
+        return self._given(z, labels, tuple(z.shape[:-1]))
+
+
+class BinaryCrossEntropy(Objective):
+    """Independent binary labels, log-likelihood summed over them; the unit is the sample."""
+
+    name = "binary_cross_entropy"
+
+    def target(self, model: nn.Module, z: Tensor, batch: Any) -> Target:
+        labels = self._labels(batch)
+        if z.dim() < 1 or len(z) != batch_size(batch):
+            raise ValueError(f"model(inputs) must return logits (batch, ...), got {tuple(z.shape)}")
+        if self.kind not in _GIVEN:
+            return Target(None, None, len(z))
+        assert labels is not None
+        labels = labels.to(z.device)
+        if labels.shape != z.shape:
+            raise ValueError(f"labels must have the logits' shape {tuple(z.shape)}, got {tuple(labels.shape)}")
+        labels = _wide(labels.to(z.dtype))
+        if not ((labels >= 0) & (labels <= 1)).all():
+            raise ValueError("binary labels must lie in [0, 1]")
+        return Target(labels, None, len(z))
+
+    def cotangents(self, z: Tensor, target: Target, generator: torch.Generator | None) -> Iterator[Tensor]:
+        z = _wide(z.detach())
+        p = z.sigmoid()
+        if self.kind == "exact":
+            yield from _one_output_at_a_time((p * (-z).sigmoid()).sqrt())
+        elif self.kind == "sampled":
+            for _ in range(self.draws):
+                y = _draw_on(p, generator, lambda q: torch.bernoulli(q, generator=generator))
+                yield torch.where(y > 0, (-z).sigmoid(), -p) / self.draws**0.5
+        elif self.kind == "predicted":
+            yield torch.where(p > 0.5, (-z).sigmoid(), -p)
+        else:
+            assert target.labels is not None
+            yield target.labels * (-z).sigmoid() - (1 - target.labels) * p
+
+
+class Gaussian(Objective):
+    """A normal distribution of unit variance around each output, log-likelihood summed over outputs."""
+
+    name = "gaussian"
+
+    def target(self, model: nn.Module, z: Tensor, batch: Any) -> Target:
+        labels = self._labels(batch)
+        if z.dim() < 1 or len(z) != batch_size(batch):
+            raise ValueError(f"model(inputs) must return outputs (batch, ...), got {tuple(z.shape)}")
+        if self.kind not in _GIVEN:
+            return Target(None, None, len(z))
+        assert labels is not None
+        if labels.shape != z.shape:
+            raise ValueError(f"labels must have the outputs' shape {tuple(z.shape)}, got {tuple(labels.shape)}")
+        return Target(_wide(labels.to(z.device, z.dtype)), None, len(z))
+
+    def cotangents(self, z: Tensor, target: Target, generator: torch.Generator | None) -> Iterator[Tensor]:
+        z = _wide(z.detach())
+        if self.kind == "exact":
+            yield from _one_output_at_a_time(torch.ones_like(z))
+        elif self.kind == "sampled":
+            device = z.device if generator is None else generator.device
+            for _ in range(self.draws):
+                noise = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=device)
+                yield noise.to(z.device) / self.draws**0.5
+        else:
+            assert target.labels is not None
+            yield target.labels - z
+
+
+def _one_output_at_a_time(scale: Tensor) -> Iterator[Tensor]:
+    flat = scale.reshape(len(scale), -1)
+    check_backwards(flat.shape[1], f"{flat.shape[1]} outputs")
+    for i in range(flat.shape[1]):
+        cotangent = torch.zeros_like(flat)
+        cotangent[:, i] = flat[:, i]
+        yield cotangent.reshape(scale.shape)
+
+
+class PerSampleLoss(Objective):
+    """Any ``loss(model, batch)`` that returns a loss for each sample."""
+
+    def __init__(self, kind: str, loss: Callable[..., Tensor]) -> None:
+        super().__init__(kind, None, 1)
+        self.loss = loss
+        self.name = getattr(loss, "__name__", type(loss).__name__)
+
+    def output(self, model: nn.Module, batch: Any) -> Tensor:
+        losses = self.loss(model, batch)
+        if not isinstance(losses, Tensor) or losses.shape != (batch_size(batch),):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"loss(model, batch) must return a loss for each sample, shape ({batch_size(batch)},), got {got}: use "
+                "reduction='none'"
+            )
+        return losses
+
+    def target(self, model: nn.Module, z: Tensor, batch: Any) -> Target:
+        return Target(None, None, len(z))
+
+    def cotangents(self, z: Tensor, target: Target, generator: torch.Generator | None) -> Iterator[Tensor]:
+        yield torch.ones_like(z)
+
+
+def make_objective(kind: str, loss: Any, transform: Transform | None, draws: int) -> Objective:
+    """The objective that ``loss`` names.
+
+    Raises:
+        ValueError: A kind or loss that does not exist, or that do not go together.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} does not exist: use one of {', '.join(map(repr, KINDS))}")
+    if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
+        raise ValueError(f"num_label_samples must be a positive integer, got {draws!r}")
+    if draws != 1 and kind != "sampled":
+        raise ValueError(f"num_label_samples={draws} has a meaning for kind='sampled' only; kind is {kind!r}")
+    if isinstance(loss, nn.CrossEntropyLoss):
+        if loss.weight is not None:
+            raise ValueError(
+                "class weights make no log-likelihood: drop weight=, or give loss= a callable(model, batch)"
+            )
+        if loss.label_smoothing and kind in ("exact", "sampled"):
+            raise ValueError(
+                f"kind={kind!r} takes the model's own labels, which no smoothing applies to: use loss='cross_entropy'"
+            )
+        return CrossEntropy(kind, transform, draws, loss.ignore_index, loss.label_smoothing)
+    if isinstance(loss, nn.BCEWithLogitsLoss):
+        if loss.weight is not None or loss.pos_weight is not None:
+            raise ValueError(
+                "weight and pos_weight make no log-likelihood: drop them, or give loss= a callable(model, batch)"
+            )
+        loss = "binary_cross_entropy"
+    if isinstance(loss, nn.Module) and type(loss).__module__.startswith("torch.nn"):
+        raise ValueError(
+            f"loss={type(loss).__name__} is a criterion of (output, target): use one of "
+            f"{', '.join(map(repr, LOSSES))}, or a callable(model, batch) that returns a loss for each sample"
+        )
+    if callable(loss):
+        if kind not in ("empirical", "batch"):
+            raise ValueError(
+                f"kind={kind!r} is unknown to a callable loss, which has given labels: use kind='empirical'"
+            )
+        if transform is not None:
+            raise ValueError("logits_transform has no meaning for a callable loss, which sees the logits itself")
+        return PerSampleLoss(kind, loss)
+    if loss not in LOSSES:
+        raise ValueError(f"loss={loss!r} does not exist: use one of {', '.join(map(repr, LOSSES))}, or a callable")
+    if loss == "gaussian" and kind in ("predicted", "reversed"):
+        raise ValueError(
+            f"kind={kind!r} has no meaning for loss='gaussian': its prediction has no residual, and no logits"
+        )
+    made = {c.name: c for c in (CrossEntropy, CausalLM, BinaryCrossEntropy, Gaussian)}[loss]
+    return made(kind, transform, draws)

@@ -1,0 +1,170 @@
+"""Per-sample gradients of a parameter in one operation, from its input and output gradient; sums of their squares.
+
+Everything here is laid out with the samples first: inputs x and gradients g are (N, ...).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Per-sample gradients held at once: on the CPU they should still be in the cache when they are squared.
+_BLOCK_BYTES = {"cpu": 2 << 20}
+_BLOCK_BYTES_ELSEWHERE = 256 << 20
+_WORTH_A_CALL = 16384  # elements; below, one more pass over all samples at once costs less than a call for each
+
+
+def block_bytes(device: torch.device) -> int:
+    """How many bytes of per-sample gradients to hold at once."""
+    return _BLOCK_BYTES.get(device.type, _BLOCK_BYTES_ELSEWHERE)
+
+
+def add_squares_(total: Tensor, gradients: Tensor) -> None:
+    """``total += sum_n gradients[n]^2``; gradients have one more dimension, in front."""
+    if gradients.dtype == total.dtype and total.numel() >= _WORTH_A_CALL:
+        for gradient in gradients:
+            total.addcmul_(gradient, gradient)
+    else:
+        total += gradients.to(total.dtype).square().sum(0)
+
+
+class Rule:
+    """How a parameter's gradient follows from x and g."""
+
+    def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
+        """(N, *parameter's shape)."""
+        raise NotImplementedError
+
+    def add_one_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
+        """Adds the gradient of the only sample in x and g."""
+        total += self.per_sample(x, g)[0].to(total.dtype)
+
+    def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
+        """Adds the squares of all samples' gradients, in blocks."""
+        step = max(1, block_bytes(total.device) // max(1, 4 * total.numel()))
+        for start in range(0, len(g), step):
+            add_squares_(total, self.per_sample(x[start : start + step], g[start : start + step]))
+
+
+@dataclass
+class Product(Rule):
+    """A matrix: the gradient is ``left^T right``, summed over positions. Left is g for (out, in), x for (in, out)."""
+
+    left_is_g: bool
+
+    def _sides(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.to(g.dtype).reshape(len(x), -1, x.shape[-1])
+        g = g.reshape(len(g), -1, g.shape[-1])
+        return (g, x) if self.left_is_g else (x, g)
+
+    def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
+        left, right = self._sides(x, g)
+        return torch.bmm(left.transpose(1, 2), right)
+
+    def add_one_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
+        left, right = self._sides(x, g)
+        if total.dtype == left.dtype:
+            total.addmm_(left[0].t(), right[0])
+        else:
+            total += left[0].t() @ right[0]
+
+    def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
+        left, right = self._sides(x, g)
+        if left.shape[1] == 1:  # one vector per sample: the square of a product is the product of the squares
+            # Added as a sum: fp32 loses more where each product is added to the total.
+            total += left[:, 0].to(total.dtype).square().t() @ right[:, 0].to(total.dtype).square()
+            return
+        rows = max(1, block_bytes(total.device) // (4 * total.shape[1]))
+        step = max(1, rows // max(1, total.shape[0]))
+        for start in range(0, len(g), step):
+            part = slice(start, start + step)
+            for row in range(0, total.shape[0], rows):
+                of_rows = left[part, :, row : row + rows].transpose(1, 2)
+                add_squares_(total[row : row + rows], torch.bmm(of_rows, right[part]))
+
+
+@dataclass
+class Broadcast(Rule):
+    """A parameter that was broadcast against x: the gradient is g (times x) summed down to its shape."""
+
+    shape: torch.Size
+    times_x: bool = False
+    channels: bool = False  # dimension 1 is the parameter's only one
+
+    def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
+        t = g * x.to(g.dtype) if self.times_x else g
+        if self.channels:
+            return t.flatten(2).sum(2) if t.dim() > 2 else t
+        shape = self.shape[1:] if len(self.shape) == t.dim() else self.shape  # its first one is 1
+        extra = t.dim() - 1 - len(shape)
+        if extra:
+            t = t.sum(tuple(range(1, 1 + extra)))
+        summed = [d + 1 for d, n in enumerate(shape) if n == 1 and t.shape[d + 1] != 1]
+        if summed:
+            t = t.sum(summed, keepdim=True)
+        return t.reshape(len(g), *self.shape)
+
+
+@dataclass
+class Rows(Rule):
+    """An embedding: x are row numbers."""
+
+    shape: torch.Size
+    padding: int | None
+
+    def _kept(self, x: Tensor, g: Tensor) -> Tensor:
+        return g if self.padding is None else g.masked_fill((x == self.padding)[..., None], 0)
+
+    def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
+        total = g.new_zeros(len(g), *self.shape)
+        for i in range(len(g)):
+            self.add_one_(total[i], x[i : i + 1], g[i : i + 1])
+        return total
+
+    def add_one_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
+        total.index_add_(0, x.flatten(), self._kept(x, g).reshape(-1, self.shape[1]).to(total.dtype))
+
+    def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
+        sample = torch.arange(len(x), device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+        keys, place = (sample * self.shape[0] + x).flatten().unique(return_inverse=True)
+        sums = total.new_zeros(len(keys), self.shape[1])
+        sums.index_add_(0, place, self._kept(x, g).reshape(-1, self.shape[1]).to(total.dtype))
+        total.index_add_(0, keys % self.shape[0], sums.square())
+
+
+@dataclass
+class Convolution(Rule):
+    """A convolution's weight, from windows of the padded input."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    padding: list[int] = field(default_factory=list)  # as F.pad takes it
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+    def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
+        kernel, places = self.shape[2:], g.shape[2:]
+        d, n = len(kernel), len(g)
+        x = torch.nn.functional.pad(x.to(g.dtype), self.padding).contiguous()
+        steps = x.stride()[2:]
+        windows = x.as_strided(
+            (n, x.shape[1], *places, *kernel),
+            (
+                *x.stride()[:2],
+                *(s * by for s, by in zip(steps, self.stride, strict=True)),
+                *(s * by for s, by in zip(steps, self.dilation, strict=True)),
+            ),
+        )
+        order = (0, *range(2, 2 + d), 1, *range(2 + d, 2 + 2 * d))  # (N, places, channels, kernel)
+        windows = windows.permute(order).reshape(n, places.numel(), self.groups, -1)
+        windows = windows.transpose(1, 2).reshape(n * self.groups, places.numel(), -1)
+        g = g.reshape(n * self.groups, self.shape[0] // self.groups, places.numel())
+        return torch.bmm(g, windows).reshape(n, *self.shape)
+
+    def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
+        windows = 4 * x.shape[1] * g.shape[2:].numel() * self.shape[2:].numel()
+        step = max(1, 4 * block_bytes(total.device) // max(1, windows + 4 * total.numel()))
+        for start in range(0, len(g), step):
+            add_squares_(total, self.per_sample(x[start : start + step], g[start : start + step]))
