@@ -41,7 +41,8 @@ def own_name(model: nn.Module, name: str) -> str:
     for part in name.split("."):
         if module is None or part != wrapper_prefix(module):
             parts.append(part)
-        module = module._modules.get(part) if module is not None else None
+        child = getattr(module, part, None)  # not _modules, which scripted modules have none of
+        module = child if isinstance(child, nn.Module) else None
     return ".".join(parts)
 
 

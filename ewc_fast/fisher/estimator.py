@@ -105,12 +105,24 @@ class FisherEstimator:
 
     # ---- running the model ----
 
-    def _run(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """The objective's output with ``weights`` in place of the parameters of these names, the others detached."""
+    @contextmanager
+    def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """``weights`` in place of the parameters of these names, the others detached.
+
+        Also around a backward: checkpoints run the model again there.
+        """
         swapped = {self._inner[name]: weights.get(name, p.detach()) for name, p in self._params.items()}
         tensors = {**self._others, **self._buffers, **swapped}
         with _reparametrize_module(self._model, tensors, tie_weights=True):
-            return self._objective.output(self._model, batch)
+            yield
+
+    def _output(self, batch: Any) -> Tensor:
+        return self._objective.output(self._model, batch)
+
+    def _run(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """The objective's output with ``weights`` in place of the parameters of these names."""
+        with self._swapped(weights):
+            return self._output(batch)
 
     def update(self, batch: Any) -> None:
         """Adds a batch.
@@ -210,11 +222,12 @@ class FisherEstimator:
 
         for name, leaf in leaves.items():
             leaf.register_post_accumulate_grad_hook(hook_for(self._sums[name]))
-        z = self._run(leaves, batch)
-        target = self._target(z, batch)
-        if z.requires_grad:
-            for cotangent, more in self._cotangents(z, target):
-                torch.autograd.backward(z, cotangent.to(z.dtype), retain_graph=more)
+        with self._swapped(leaves):
+            z = self._output(batch)
+            target = self._target(z, batch)
+            if z.requires_grad:
+                for cotangent, more in self._cotangents(z, target):
+                    torch.autograd.backward(z, cotangent.to(z.dtype), retain_graph=more)
         return target.terms
 
     def _add_per_sample(self, batch: Any, size: int) -> int:
@@ -239,8 +252,8 @@ class FisherEstimator:
         capture = Capture(leaves, self._sums, self._status, few, looking=True)
         buffers = {name: b.clone() for name, b in self._buffers.items()}
         try:
-            with capture:
-                z = self._run(leaves, part)
+            with self._swapped(leaves), capture:
+                z = self._output(part)
                 noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z.device, z.dtype)
                 noise[1:] = 0
                 capture.backward(z, noise, again=False)
@@ -272,7 +285,7 @@ class FisherEstimator:
         self._methods.add("hooks" if covered else "vmap")
         for cotangent, more in self._cotangents(z, target):
             if covered:
-                with capture:
+                with self._swapped(leaves), capture:
                     capture.backward(z, cotangent, again=more)
                 for name, leaf in leaves.items():
                     if leaf.grad is not None:
@@ -305,7 +318,7 @@ class FisherEstimator:
                     self._sums[name] += total
                 return
         self._methods.add("loop")
-        add_in_loop(self._run, weights, self._sums, batch, size, cotangent)
+        add_in_loop(self._swapped, self._output, weights, self._sums, batch, size, cotangent)
 
     def _check_squares(self) -> None:
         # Sums of squares: the largest is infinite or NaN where any is. A third of isfinite's time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -47,17 +48,24 @@ def add_vectorised(
 
 
 def add_in_loop(
-    run: Run, weights: dict[str, Tensor], sums: Mapping[str, Tensor], batch: Any, size: int, cotangent: Tensor
+    swapped: Callable[[Mapping[str, Tensor]], AbstractContextManager[None]],
+    output: Callable[[Any], Tensor],
+    weights: dict[str, Tensor],
+    sums: Mapping[str, Tensor],
+    batch: Any,
+    size: int,
+    cotangent: Tensor,
 ) -> None:
     """The same, one sample at a time."""
     for i in range(size):
         leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
-        outputs = run(leaves, take(batch, slice(i, i + 1), size))
-        if not outputs.requires_grad:
-            continue  # they depend on no parameter for this input: all gradients are 0
-        found = torch.autograd.grad(
-            outputs, list(leaves.values()), cotangent[i : i + 1].to(outputs.dtype), allow_unused=True
-        )
-        for name, gradient in zip(leaves, found, strict=True):
-            if gradient is not None:
+        with swapped(leaves):
+            outputs = output(take(batch, slice(i, i + 1), size))
+            if not outputs.requires_grad:
+                continue  # they depend on no parameter for this input: all gradients are 0
+            # Not autograd.grad(), which reentrant checkpoints refuse.
+            torch.autograd.backward(outputs, cotangent[i : i + 1].to(outputs.dtype))
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                gradient = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
                 add_squares_(sums[name], gradient[None].to(sums[name].dtype))

@@ -156,3 +156,85 @@ def test_an_interrupted_estimate_goes_on_exactly(kind: str) -> None:
     assert all(torch.equal(f, expected[name]) for name, f in second.result().items())
     with pytest.raises(ValueError, match="kind="):
         FisherEstimator(model, "empirical").load_state_dict(first.state_dict())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+        self.head = nn.Linear(5, NUM_CLASSES)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layers[0](x)
+
+        def block(h: Tensor) -> Tensor:
+            return self.layers[2](self.layers[1](h).tanh()).tanh()
+
+        if hidden.dtype == torch.float64:  # the reference: reentrant checkpoints refuse autograd.grad()
+            return self.head(block(hidden))
+        return self.head(torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=self.use_reentrant))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpointed cannot run under torch.vmap")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(("sizes", "method"), [((6, 4), "loop"), ((1, 1, 1), "hooks")])
+def test_checkpointed_model(use_reentrant: bool, sizes: tuple[int, ...], method: str) -> None:
+    model = Checkpointed(use_reentrant)
+    data = [(torch.randn(n, 5), torch.randint(NUM_CLASSES, (n,))) for n in sizes]
+    assert_agrees(estimate_fisher(model, data, "empirical"), brute_force(model, data, classifier), method)
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return g @ weight.t(), x.t() @ g
+
+
+class UsedOutOfSight(nn.Module):
+    """A weight that a layer uses, and once more an operation that no mode can see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).tanh() + Product.apply(x, self.layer.weight))
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap")
+def test_use_out_of_sight_is_not_missed() -> None:
+    model = UsedOutOfSight()
+    data = [(torch.randn(n, 5), torch.randint(NUM_CLASSES, (n,))) for n in (6, 4)]
+    assert_agrees(estimate_fisher(model, data, "empirical"), brute_force(model, data, classifier), "loop")
+
+
+class Experts(nn.Module):
+    """Tokens routed to experts: a layer may see as many rows as there are samples, by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
+        self.head = nn.Linear(5, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        hidden = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            chosen = ((tokens[:, 0] > 0).long() == i).nonzero()[:, 0]
+            hidden = hidden.index_add(0, chosen, expert(tokens[chosen]).tanh())
+        return self.head(hidden.view(x.shape).sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap")
+def test_routed_tokens_are_not_taken_for_samples() -> None:
+    model = Experts()
+    data = [(torch.randn(n, 2, 5), torch.randint(NUM_CLASSES, (n,))) for n in (6, 3, 4, 6, 6, 6, 6)]
+    assert_agrees(estimate_fisher(model, data, "empirical"), brute_force(model, data, classifier), "loop")
