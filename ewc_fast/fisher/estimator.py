@@ -318,7 +318,9 @@ class FisherEstimator:
                     self._sums[name] += total
                 return
         self._methods.add("loop")
-        add_in_loop(self._swapped, self._output, weights, self._sums, batch, size, cotangent)
+        # With a graph for every parameter: a reentrant checkpoint drops gradients where its inputs need none.
+        sums = {name: self._sums[name] for name in weights}
+        add_in_loop(self._swapped, self._output, self._params, sums, batch, size, cotangent)
 
     def _check_squares(self) -> None:
         # Sums of squares: the largest is infinite or NaN where any is. A third of isfinite's time.

@@ -50,13 +50,13 @@ def add_vectorised(
 def add_in_loop(
     swapped: Callable[[Mapping[str, Tensor]], AbstractContextManager[None]],
     output: Callable[[Any], Tensor],
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     sums: Mapping[str, Tensor],
     batch: Any,
     size: int,
     cotangent: Tensor,
 ) -> None:
-    """The same, one sample at a time."""
+    """The same, one sample at a time, for the weights that ``sums`` has."""
     for i in range(size):
         leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
         with swapped(leaves):
@@ -66,6 +66,6 @@ def add_in_loop(
             # Not autograd.grad(), which reentrant checkpoints refuse.
             torch.autograd.backward(outputs, cotangent[i : i + 1].to(outputs.dtype))
         for name, leaf in leaves.items():
-            if leaf.grad is not None:
+            if leaf.grad is not None and name in sums:
                 gradient = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
                 add_squares_(sums[name], gradient[None].to(sums[name].dtype))
