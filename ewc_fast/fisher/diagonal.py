@@ -14,14 +14,16 @@ class FisherInfo:
     """How a Fisher diagonal was made.
 
     Attributes:
-        kind: Where the labels came from, e.g. ``"sampled"``.
+        kind: Where the labels came from, e.g. ``"sampled"``; or which other importance it is.
         loss: Whose Fisher it is, e.g. ``"cross_entropy"``.
-        unit: The term of the mean loss that one unit of the Fisher belongs to: ``"sample"``, ``"label"``, ``"token"``.
-        num_samples: Number of samples used.
+        unit: The term of the mean loss that one unit of the Fisher belongs to: ``"sample"``, ``"label"``, ``"token"``;
+            ``"term"`` where the optimizer's own is not known, ``"none"`` where the unit is lost.
+        num_samples: Number of samples used; 0 where that is not known.
         num_terms: Number of terms of the mean that were counted: equal to ``num_samples`` where the unit is the sample.
-        batch_size: Samples in the largest batch.
+        batch_size: Samples in the largest batch; 0 where that is not known.
         method: How the gradients were taken: ``"hooks"``, ``"vmap"`` or ``"loop"`` (all per sample, equal up to
-            rounding; the slowest that a parameter needed), or ``"batch"`` (one gradient per batch).
+            rounding; the slowest that a parameter needed), ``"batch"`` (one gradient per batch), ``"optimizer"``,
+            ``"path"``, ``"constant"``; then what was done to it, e.g. ``"+clip"``.
         is_fisher: False for other importances (constant ones, path integrals): a forgetting predicted from those has no
             unit.
     """
