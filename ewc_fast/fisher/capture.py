@@ -222,6 +222,9 @@ def _body(function: types.FunctionType) -> Any:
     return _without_override[function]
 
 
+_SELECTS = frozenset({Tensor.__getitem__, torch.index_select, Tensor.index_select})
+
+
 class _Tap(torch.autograd.Function):
     """The identity; its backward hands on what it saved and the gradient."""
 
@@ -259,7 +262,9 @@ class Capture(TorchFunctionMode):
         self._count: dict[str, int] = {}
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
         self._backward = False
+        self._moved = False
         self.verified: set[str] = set()
+        self.asked = torch.ones(size, dtype=torch.bool)  # looking: the samples whose outputs have a cotangent
         self.candidates: dict[str, set[str]] = {}
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -267,6 +272,8 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         found = self._found(args, kwargs)
         if not found:
+            if func in _SELECTS and self._moves_samples(*args):
+                self._moved = True
             return func(*args, **kwargs)
         maker = _makers.get(func)
         if maker is not None:
@@ -291,6 +298,19 @@ class Capture(TorchFunctionMode):
                         found.append(name)
         return found
 
+    def _moves_samples(self, source: Any, *where: Any) -> bool:
+        """Whether rows are picked by what the data say, so that a row's number no longer is its sample's."""
+        dim, index = where if len(where) == 2 else (0, where[0] if where else None)  # index_select has a dimension
+        index = index[0] if isinstance(index, tuple) and index else index
+        if not isinstance(source, Tensor) or not source.is_floating_point() or not isinstance(index, Tensor):
+            return False
+        if dim not in (0, -source.dim()) or not source.dim() or source.shape[0] % self._size:
+            return False
+        if index.dtype == torch.bool:
+            return not bool(index.all())
+        numbers = torch.arange(self._size, device=index.device)
+        return index.numel() != self._size or not bool((index.flatten() == numbers).all())
+
     def _is_mine(self, t: Any) -> bool:
         return isinstance(t, Tensor) and id(t) in self._names
 
@@ -314,7 +334,7 @@ class Capture(TorchFunctionMode):
             y = y.expand(self._size, *y.shape[1:]).contiguous()
             mine = [(name, rule, x.expand(self._size, *x.shape[1:])) for name, rule, x in mine]
         layouts = self._layouts(y, mine)
-        if not layouts:
+        if not layouts or self._moved:
             return None
         if self._looking:
             for name, _, _ in mine:
@@ -358,7 +378,8 @@ class Capture(TorchFunctionMode):
             found.add("columns")
         products = all(isinstance(rule, Product) or (isinstance(rule, Broadcast) and len(rule.shape) == 1)
                        for _, rule, _ in mine)  # fmt: skip
-        if products and y.dim() == 2 and y.shape[0] % n == 0 and y.shape[0] // n in self._lengths:
+        length = y.shape[0] // n
+        if products and y.dim() == 2 and y.shape[0] == length * n and length > 1 and length in self._lengths:
             found |= {"blocks", "steps"}
         return found
 
@@ -374,7 +395,7 @@ class Capture(TorchFunctionMode):
     def _take(self, name: str, rule: Rule, x: Tensor, g: Tensor, layouts: set[str]) -> None:
         if self._looking:
             if g.any():
-                fits = {k for k in layouts if not self._by_sample(g, k)[1:].any()}
+                fits = {k for k in layouts if not self._by_sample(g, k)[~self.asked].any()}
                 self.candidates[name] = self.candidates.get(name, set()) & fits
                 self.verified.add(name)
             return

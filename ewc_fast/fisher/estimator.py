@@ -20,7 +20,7 @@ from ewc_fast.fisher.modes import module_mode
 from ewc_fast.fisher.objectives import Objective, Target, make_objective
 from ewc_fast.layout import select_parameters, wrapper_prefix
 
-_LOOK_SAMPLES = 3  # of the batch, to find out where in each operation the samples lie
+_LOOK_SAMPLES = 4  # of the batch, to find out where in each operation the samples lie
 _MAX_LOOKS = 3
 
 
@@ -244,35 +244,48 @@ class FisherEstimator:
         return [name for name in self._params if self._status.get(name) != UNCOVERED]
 
     def _look(self, batch: Any, size: int) -> None:
-        """Finds out which parameters the rules cover, from the first samples: output gradients of one must be zero for
-        the others."""
+        """Finds out which parameters the rules cover, and where in their operations the samples lie.
+
+        A few samples run in two orders, so that what sorts them is noticed; of each run, backwards are taken from every
+        half of the samples: the output gradients of the others must then be zero.
+        """
         few = min(size, _LOOK_SAMPLES)
         part = take(batch, slice(0, few), size)
-        leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
-        capture = Capture(leaves, self._sums, self._status, few, looking=True)
         buffers = {name: b.clone() for name, b in self._buffers.items()}
+        candidates: dict[str, set[str]] = {}
+        verified: set[str] = set()
         try:
-            with self._swapped(leaves), capture:
-                z = self._output(part)
-                noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z.device, z.dtype)
-                noise[1:] = 0
-                capture.backward(z, noise, again=False)
+            for order in (slice(None), torch.arange(few - 1, -1, -1, device=self._device)):
+                leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
+                capture = Capture(leaves, self._sums, self._status, few, looking=True)
+                ordered = take(part, order, few)
+                with self._swapped(leaves), capture:
+                    z = self._output(ordered)
+                    for asked in _halves(few):
+                        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+                        noise[~asked] = 0
+                        capture.asked = asked.to(self._device)
+                        capture.backward(z, noise.to(z.device, z.dtype), again=True)
+                for name, leaf in leaves.items():
+                    if leaf.grad is not None:
+                        self._status[name] = UNCOVERED
+                for name, layouts in capture.candidates.items():
+                    candidates[name] = candidates.get(name, layouts) & layouts
+                verified |= capture.verified
         except (StatusChanged, RuntimeError, ValueError, TypeError, IndexError):  # not to be run in this way
             self._status.update(dict.fromkeys(self._params, UNCOVERED))
             return
         finally:
             self._buffers = buffers
-        for name, leaf in leaves.items():
-            if leaf.grad is not None or not capture.candidates.get(name, {"unused"}):
+        for name, layouts in candidates.items():
+            if self._status.get(name) == UNCOVERED:
+                continue
+            if name in verified and len(layouts) == 1:
+                self._status[name] = next(iter(layouts))
+                continue
+            self._looks[name] = self._looks.get(name, 0) + 1
+            if not layouts or self._looks[name] >= _MAX_LOOKS:  # else its gradient was zero, or told nothing
                 self._status[name] = UNCOVERED
-            elif name in capture.verified:
-                self._status[name] = next(
-                    k for k in ("rows", "columns", "blocks", "steps") if k in capture.candidates[name]
-                )
-            elif name in capture.candidates:  # used, but its gradient was zero
-                self._looks[name] = self._looks.get(name, 0) + 1
-                if self._looks[name] >= _MAX_LOOKS:
-                    self._status[name] = UNCOVERED
 
     def _add_captured(self, batch: Any, size: int) -> int:
         covered = self._covered()
@@ -395,6 +408,13 @@ class FisherEstimator:
         self._status, self._looks = {}, {}
         if self._generator is not None:
             self._generator.set_state(state["generator"])
+
+
+def _halves(size: int) -> list[Tensor]:
+    """Masks of samples, by the bits of their numbers: any two samples are told apart, both ways."""
+    numbers = torch.arange(size)
+    bits = [(numbers >> b & 1).bool() for b in range((size - 1).bit_length())]
+    return bits + [~bit for bit in bits]
 
 
 @contextmanager

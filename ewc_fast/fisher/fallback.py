@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -39,7 +40,9 @@ def add_vectorised(
     gradient_bytes = max(1, sum(w.numel() * w.element_size() for w in weights.values()))
     device = cotangent.device.type
     step = max(1, _CHUNK_BYTES.get(device, _CHUNK_BYTES_ELSEWHERE) // gradient_bytes)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no batching rule
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # the fused attention kernels have no batching rule
+        # A reentrant checkpoint says that here before it fails.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         for start in range(0, size, step):
             samples = slice(start, start + step)
             found = vmap(gradients)([leaves[i][samples] for i in mapped], cotangent[samples])
