@@ -52,7 +52,7 @@ def batch_size(batch: Any) -> int:
     return len(tensors[0])
 
 
-def take(batch: Any, samples: slice | Tensor, size: int) -> Any:
+def take(batch: Any, samples: slice, size: int) -> Any:
     """Some samples of a batch: what is not a tensor with ``size`` rows belongs to all of them."""
     leaves, tree = tree_flatten(batch)
     part = [t[samples] if isinstance(t, Tensor) and t.dim() and len(t) == size else t for t in leaves]

@@ -246,37 +246,31 @@ class FisherEstimator:
     def _look(self, batch: Any, size: int) -> None:
         """Finds out which parameters the rules cover, and where in their operations the samples lie.
 
-        A few samples run in two orders, so that what sorts them is noticed; of each run, backwards are taken from every
-        half of the samples: the output gradients of the others must then be zero.
+        Two backwards of a few samples: in the second each sample's cotangent is multiplied by a power of two of its
+        own. So must be the gradients at each operation, which tells where the sample lies there.
         """
         few = min(size, _LOOK_SAMPLES)
         part = take(batch, slice(0, few), size)
         buffers = {name: b.clone() for name, b in self._buffers.items()}
-        candidates: dict[str, set[str]] = {}
-        verified: set[str] = set()
+        leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
+        capture = Capture(leaves, self._sums, self._status, few, looking=True)
         try:
-            for order in (slice(None), torch.arange(few - 1, -1, -1, device=self._device)):
-                leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
-                capture = Capture(leaves, self._sums, self._status, few, looking=True)
-                ordered = take(part, order, few)
-                with self._swapped(leaves), capture:
-                    z = self._output(ordered)
-                    for asked in _halves(few):
-                        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
-                        noise[~asked] = 0
-                        capture.asked = asked.to(self._device)
-                        capture.backward(z, noise.to(z.device, z.dtype), again=True)
-                for name, leaf in leaves.items():
-                    if leaf.grad is not None:
-                        self._status[name] = UNCOVERED
-                for name, layouts in capture.candidates.items():
-                    candidates[name] = candidates.get(name, layouts) & layouts
-                verified |= capture.verified
+            with self._swapped(leaves), capture:
+                z = self._output(part)
+                noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z.device, z.dtype)
+                capture.backward(z, noise, again=True)
+                factors = 2.0 ** torch.arange(few, device=z.device)
+                capture.factors = factors
+                capture.backward(z, noise * factors.to(z.dtype).view(-1, *[1] * (z.dim() - 1)), again=False)
         except (StatusChanged, RuntimeError, ValueError, TypeError, IndexError):  # not to be run in this way
             self._status.update(dict.fromkeys(self._params, UNCOVERED))
             return
         finally:
             self._buffers = buffers
+        candidates, verified = capture.candidates, capture.verified
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                self._status[name] = UNCOVERED
         for name, layouts in candidates.items():
             if self._status.get(name) == UNCOVERED:
                 continue
@@ -408,13 +402,6 @@ class FisherEstimator:
         self._status, self._looks = {}, {}
         if self._generator is not None:
             self._generator.set_state(state["generator"])
-
-
-def _halves(size: int) -> list[Tensor]:
-    """Masks of samples, by the bits of their numbers: any two samples are told apart, both ways."""
-    numbers = torch.arange(size)
-    bits = [(numbers >> b & 1).bool() for b in range((size - 1).bit_length())]
-    return bits + [~bit for bit in bits]
 
 
 @contextmanager
