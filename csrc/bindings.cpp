@@ -1,5 +1,5 @@
 // ewc_fast._C: what was built, and for which machine. Importing it is what loads the library, and so registers the ops
-// of schema.cpp. The ops are reached through torch.ops; the one that every step calls also from here (direct.cpp).
+// of schema.cpp. The ops are reached through torch.ops; those that are called most also from here (direct.cpp).
 //
 // Plain pybind11: torch/extension.h would make this the slowest file of the build.
 #include <pybind11/pybind11.h>
@@ -98,6 +98,5 @@ PYBIND11_MODULE(_C, m) {
         "Compiler, C++ standard, OpenMP, CUDA version and architectures (None and '' without CUDA), debug.");
   m.def("cpu_capability", &cpu_capability, "Instruction set in use: 'x86-64-v4', 'x86-64-v3' or 'default'.");
   m.def("openmp_threads", &openmp_threads, "Threads that an OpenMP loop of this library gets; None without OpenMP.");
-  m.add_object("penalty_accumulate_", py::reinterpret_steal<py::object>(
-                                          PyCFunction_NewEx(&ewc::direct_penalty_accumulate, nullptr, nullptr)));
+  if (PyModule_AddFunctions(m.ptr(), ewc::direct_ops) != 0) throw py::error_already_set();
 }

@@ -62,7 +62,46 @@ inline void bump_version(const at::Tensor& t) {
   if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
 
-// The checked arguments of an op over tensor lists, as pointers. Tensors that are not laid out in memory as the state is
+// A tensor of a list; `home` is whatever says on which device the call is.
+inline void check_member(const at::Tensor& t, const at::Tensor& first, const at::Tensor& home, const char* home_name,
+                         const char* list, size_t i) {
+  TORCH_CHECK_TYPE(t.layout() == at::kStrided, list, "[", i, "] is ", t.layout(), "; expected a dense tensor");
+  TORCH_CHECK_TYPE(is_parameter_dtype(t.scalar_type()), list, "[", i, "] has dtype ", t.scalar_type(),
+                   "; expected float64, float32, bfloat16 or float16");
+  TORCH_CHECK_TYPE(t.scalar_type() == first.scalar_type(), list, "[", i, "] has dtype ", t.scalar_type(), ", ", list,
+                   "[0] ", first.scalar_type(), ": one call takes one dtype");
+  TORCH_CHECK_VALUE(t.device() == home.device(), list, "[", i, "] is on ", t.device(), ", ", home_name, " on ",
+                    home.device());
+}
+
+// A tensor in two places of a list would be written by two threads at once.
+inline void check_distinct(at::TensorList tensors, const char* list, const char* remedy) {
+  if (tensors.size() < 2) return;
+  std::vector<std::pair<const void*, size_t>> places;
+  places.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].numel() > 0) places.emplace_back(tensors[i].const_data_ptr(), i);
+  }
+  std::sort(places.begin(), places.end());
+  for (size_t k = 1; k < places.size(); ++k) {
+    TORCH_CHECK_VALUE(places[k - 1].first != places[k].first, list, "[", places[k - 1].second, "] and ", list, "[",
+                      places[k].second, "] share their memory: ", remedy);
+  }
+}
+
+inline bool is_dense(const at::Tensor& t) { return t.is_non_overlapping_and_dense() && !t.is_neg(); }
+
+// Whether the last dimensions of a tensor are laid in memory by these strides.
+inline bool same_order(const at::Tensor& t, at::IntArrayRef laid) {
+  if (t.numel() == 0) return true;
+  const int64_t leading = t.dim() - static_cast<int64_t>(laid.size());
+  for (size_t d = 0; d < laid.size(); ++d) {
+    if (t.size(leading + d) != 1 && t.stride(leading + d) != laid[d]) return false;
+  }
+  return true;
+}
+
+// The checked arguments of a penalty op, as pointers. Tensors that are not laid out in memory as the state is
 // are copied for the call; gradients among them are copied back by `finish`.
 class Table {
  public:
@@ -77,7 +116,7 @@ class Table {
     size_t position = 0;
     for (size_t i = 0; i < n; ++i) {
       const at::Tensor& p = params[i];
-      check_member(p, params[0], anchor, "params", i);
+      check_member(p, params[0], anchor, "anchor", "params", i);
       const size_t dims = static_cast<size_t>(p.dim());
       TORCH_CHECK_VALUE(position + dims <= strides.size(), "strides ends before params[", i, "]");
       const auto laid = strides.slice(position, dims);
@@ -94,7 +133,7 @@ class Table {
       }
       if (grads) {
         const at::Tensor& g = (*grads)[i];
-        check_member(g, (*grads)[0], anchor, "grads", i);
+        check_member(g, (*grads)[0], anchor, "anchor", "grads", i);
         TORCH_CHECK_VALUE(g.sizes() == p.sizes(), "grads[", i, "] has shape ", g.sizes(), ", its parameter ", p.sizes());
         for (int64_t d = 0; d < g.dim(); ++d) {
           TORCH_CHECK_VALUE(g.size(d) < 2 || g.stride(d) != 0, "grads[", i, "] has strides ", g.strides(),
@@ -106,7 +145,8 @@ class Table {
     TORCH_CHECK_VALUE(position == strides.size(), "strides has ", strides.size(), " entries for ", position,
                       " dimensions");
     if (grads) {
-      check_distinct(*grads);  // the last check: gradients may be touched from here on
+      // The last check: gradients may be touched from here on.
+      check_distinct(*grads, "grads", "penalise a parameter once per call");
       for (size_t i = 0; i < n; ++i) {
         const at::Tensor& g = (*grads)[i];
         if (is_dense(g) && same_order(g, laid_of_grad_[i])) {
@@ -139,41 +179,6 @@ class Table {
   std::vector<Entry> entries;
 
  private:
-  static void check_member(const at::Tensor& t, const at::Tensor& first, const at::Tensor& anchor, const char* list,
-                           size_t i) {
-    TORCH_CHECK_TYPE(t.layout() == at::kStrided, list, "[", i, "] is ", t.layout(), "; expected a dense tensor");
-    TORCH_CHECK_TYPE(is_parameter_dtype(t.scalar_type()), list, "[", i, "] has dtype ", t.scalar_type(),
-                     "; expected float64, float32, bfloat16 or float16");
-    TORCH_CHECK_TYPE(t.scalar_type() == first.scalar_type(), list, "[", i, "] has dtype ", t.scalar_type(), ", ", list,
-                     "[0] ", first.scalar_type(), ": one call takes one dtype");
-    TORCH_CHECK_VALUE(t.device() == anchor.device(), list, "[", i, "] is on ", t.device(), ", anchor on ",
-                      anchor.device());
-  }
-
-  // One gradient in two places would be written by two threads at once.
-  static void check_distinct(at::TensorList grads) {
-    std::vector<std::pair<const void*, size_t>> places;
-    places.reserve(grads.size());
-    for (size_t i = 0; i < grads.size(); ++i) {
-      if (grads[i].numel() > 0) places.emplace_back(grads[i].const_data_ptr(), i);
-    }
-    std::sort(places.begin(), places.end());
-    for (size_t k = 1; k < places.size(); ++k) {
-      TORCH_CHECK_VALUE(places[k - 1].first != places[k].first, "grads[", places[k - 1].second, "] and grads[",
-                        places[k].second, "] share their memory: penalise a parameter once per call");
-    }
-  }
-
-  static bool is_dense(const at::Tensor& t) { return t.is_non_overlapping_and_dense() && !t.is_neg(); }
-
-  static bool same_order(const at::Tensor& t, at::IntArrayRef laid) {
-    if (t.numel() == 0) return true;
-    for (size_t d = 0; d < laid.size(); ++d) {
-      if (t.size(d) != 1 && t.stride(d) != laid[d]) return false;
-    }
-    return true;
-  }
-
   at::Tensor copy_laid(const at::Tensor& t, at::IntArrayRef laid) {
     at::Tensor copy = at::empty_strided(t.sizes(), laid, t.options());
     TORCH_CHECK_VALUE(copy.is_non_overlapping_and_dense(), "strides ", laid, " leave gaps for shape ", t.sizes());

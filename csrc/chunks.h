@@ -23,6 +23,15 @@ struct Entry {
   int64_t numel;
 };
 
+// One tensor of a list of Fishers, and the rows of gradients whose squares are added to it; all in the same memory order.
+struct FisherEntry {
+  void* fisher;
+  const void* grad;
+  int64_t numel;
+  int64_t rows;    // at least 1
+  int64_t stride;  // in elements, from row to row
+};
+
 // An empty tensor has no chunk, and so no slot.
 EWC_HD int64_t chunk_count(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 

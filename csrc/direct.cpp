@@ -1,5 +1,5 @@
-// penalty_accumulate_ for Python, past torch.ops, which turns every argument into an IValue and back: for a small model
-// that takes twice as long as the op. The dispatcher is called as ever, so that profilers and modes see the op.
+// The ops that are called most, for Python, past torch.ops, which turns every argument into an IValue and back: for a small
+// model that takes twice as long as the op. The dispatcher is called as ever, so that profilers and modes see the op.
 #include "direct.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -17,10 +17,11 @@
 namespace ewc {
 namespace {
 
-using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+using PenaltySignature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
     at::TensorList, at::TensorList, const at::Tensor&, const at::Tensor&, at::IntArrayRef, at::IntArrayRef,
     const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
     const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, bool);
+using FisherSignature = void(at::TensorList, at::TensorList, double);
 
 // Arguments of the types that are usual here. `usual` is false once there was another one: torch.ops knows what to do.
 struct Reader {
@@ -53,7 +54,30 @@ struct Reader {
       return usual ? static_cast<int64_t>(PyLong_AsLongLong(item)) : 0;
     });
   }
+  double number(PyObject* object) {
+    if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) usual = false;
+    return usual ? PyFloat_AsDouble(object) : 0;
+  }
+  bool boolean(PyObject* object) {
+    if (!PyBool_Check(object)) usual = false;
+    return object == Py_True;
+  }
+  // After the last argument. An integer that is too large is an error.
+  bool may_call() const { return usual && !at::impl::torch_function_mode_enabled(); }
 };
+
+// Calls an op without the GIL and without a graph.
+template <typename Signature, typename... Arguments>
+auto call(const c10::TypedOperatorHandle<Signature>& op, Arguments&&... arguments) {
+  const pybind11::gil_scoped_release no_gil;
+  const at::AutoDispatchBelowADInplaceOrView no_graph;
+  return op.call(std::forward<Arguments>(arguments)...);
+}
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
 
 PyObject* penalty_accumulate_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
@@ -65,31 +89,45 @@ PyObject* penalty_accumulate_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   const at::Tensor ewc_lambda = read.tensor(args[6]), delta = read.tensor(args[7]);
   const auto scale = read.optional(args[8]), constant = read.optional(args[9]);
   const auto grad_scale = read.optional(args[10]), found_inf = read.optional(args[11]);
-  if (!PyBool_Check(args[12])) read.usual = false;
-  if (PyErr_Occurred()) return nullptr;  // an integer beyond 64 bits
-  if (!read.usual || at::impl::torch_function_mode_enabled()) Py_RETURN_NONE;
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> result;
-  {
-    const pybind11::gil_scoped_release no_gil;
-    const at::AutoDispatchBelowADInplaceOrView no_graph;
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("ewc_fast::penalty_accumulate_", "")
-                               .typed<Signature>();
-    result = op.call(params, grads, anchor, fisher, offsets, strides, ewc_lambda, delta, scale, constant, grad_scale,
-                     found_inf, args[12] == Py_True);
-  }
+  const bool maximize = read.boolean(args[12]);
+  if (PyErr_Occurred()) return nullptr;
+  if (!read.may_call()) Py_RETURN_NONE;
+  static const auto op = find<PenaltySignature>("ewc_fast::penalty_accumulate_");
+  const auto result = call(op, params, grads, anchor, fisher, offsets, strides, ewc_lambda, delta, scale, constant,
+                           grad_scale, found_inf, maximize);
   const THPObjectPtr penalty(THPVariable_Wrap(std::get<0>(result))), predicted(THPVariable_Wrap(std::get<1>(result))),
       by_tensor(THPVariable_Wrap(std::get<2>(result)));
   return PyTuple_Pack(3, penalty.get(), predicted.get(), by_tensor.get());
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* fisher_accumulate_(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(n == 3, "fisher_accumulate_ takes 3 arguments, got ", n);
+  Reader read;
+  const auto fisher = read.tensors(args[0]), grads = read.tensors(args[1]);
+  const double weight = read.number(args[2]);
+  if (PyErr_Occurred()) return nullptr;
+  if (!read.may_call()) Py_RETURN_NONE;
+  static const auto op = find<FisherSignature>("ewc_fast::fisher_accumulate_");
+  call(op, fisher, grads, weight);
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyCFunction fastcall() {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 }  // namespace
 
-PyMethodDef direct_penalty_accumulate = {
-    "penalty_accumulate_", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(penalty_accumulate_)),
-    METH_FASTCALL,
-    "torch.ops.ewc_fast.penalty_accumulate_, all arguments positional, without a graph; None, with nothing done, for "
-    "arguments that only torch.ops can take."};
+PyMethodDef direct_ops[] = {
+    {"penalty_accumulate_", fastcall<penalty_accumulate_>(), METH_FASTCALL,
+     "torch.ops.ewc_fast.penalty_accumulate_, all arguments positional, without a graph; None, with nothing done, for "
+     "arguments that only torch.ops can take."},
+    {"fisher_accumulate_", fastcall<fisher_accumulate_>(), METH_FASTCALL,
+     "torch.ops.ewc_fast.fisher_accumulate_, likewise; True when it is done."},
+    {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace ewc

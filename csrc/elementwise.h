@@ -169,4 +169,18 @@ EWC_HD double penalty_value(double ewc_lambda, double delta, double scale, doubl
 
 EWC_HD double predicted_forgetting(double weighted, double constant) { return 0.5 * (weighted + constant); }
 
+// ---- the Fisher (Kirkpatrick et al. 2017; Martens 2020, eq. 6) ----
+//
+//   F += weight * sum over samples of g^2
+
+template <typename M>
+EWC_HD M add_square(M sum, M gradient) {
+  return sum + gradient * gradient;
+}
+
+template <typename M>
+EWC_HD M add_weighted(M fisher, M weight, M squares) {
+  return fisher + weight * squares;
+}
+
 }  // namespace ewc

@@ -1,6 +1,6 @@
 // Every native op of ewc_fast, on one page. Kernels are registered per device in cpu/ and cuda/; the dispatcher chooses.
 //
-// Common arguments
+// Common arguments of the penalty's ops
 //   params      parameters of one dtype on one device, read in place
 //   anchor      flat buffer of theta*; fisher: flat buffer of the Fisher diagonal
 //   offsets     each parameter's first element in the flat buffers
@@ -35,4 +35,8 @@ TORCH_LIBRARY(ewc_fast, m) {
 
   // buffer *= factor (0-dim, read on the device); nothing is read or written where the factor is 1.
   m.def("scale_(Tensor(a!) buffer, Tensor factor) -> ()");
+
+  // fisher[i] += weight * sum_b grads[i][b]^2, where grads[i] has fisher[i]'s shape or one more leading dimension b, the
+  // samples of a block. fisher: fp32 or fp64, in which it is added; grads: any dtype, widened before it is squared.
+  m.def("fisher_accumulate_(Tensor(a!)[] fisher, Tensor[] grads, float weight=1.0) -> ()");
 }

@@ -210,8 +210,7 @@ def test_a_wheel_holds_what_the_build_was(mode, tmp_path):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tree / name)
     (tree / "csrc" / "direct.cpp").write_text(
-        '#include "direct.h"\n'
-        'PyMethodDef ewc::direct_penalty_accumulate = {"left_out", nullptr, METH_NOARGS, nullptr};\n'
+        '#include "direct.h"\nPyMethodDef ewc::direct_ops[] = {{nullptr, nullptr, 0, nullptr}};\n'
     )
     command = [
         sys.executable,

@@ -26,17 +26,17 @@ struct Plan {
   ConvertFn widen_p = nullptr, widen_g = nullptr, widen_a = nullptr, widen_f = nullptr, narrow_g = nullptr;
 };
 
-template <Mode mode, typename T, typename A>
+template <Mode mode, typename P, typename G, typename A>
 BlockFn with_fisher(at::ScalarType fisher) {
-  if (fisher == at::kFloat) return penalty_block<mode, T, T, A, float>;
-  if (fisher == at::kBFloat16) return penalty_block<mode, T, T, A, bf16>;
+  if (fisher == at::kFloat) return penalty_block<mode, P, G, A, float>;
+  if (fisher == at::kBFloat16) return penalty_block<mode, P, G, A, bf16>;
   return nullptr;
 }
 
-template <Mode mode, typename T>
+template <Mode mode, typename P, typename G = P>
 BlockFn with_state(at::ScalarType anchor, at::ScalarType fisher) {
-  if (anchor == at::kFloat) return with_fisher<mode, T, float>(fisher);
-  if (anchor == at::kBFloat16) return with_fisher<mode, T, bf16>(fisher);
+  if (anchor == at::kFloat) return with_fisher<mode, P, G, float>(fisher);
+  if (anchor == at::kBFloat16) return with_fisher<mode, P, G, bf16>(fisher);
   return nullptr;
 }
 
@@ -79,6 +79,10 @@ Plan make_plan(at::ScalarType param, at::ScalarType grad, at::ScalarType anchor,
           plan.block = penalty_block<mode, double, double, double, double>;
         }
     }
+  }
+  if constexpr (mode == Mode::kAccumulate) {  // low-precision parameters whose gradients are kept in fp32
+    if (grad == at::kFloat && param == at::kBFloat16) plan.block = with_state<mode, bf16, float>(anchor, fisher);
+    if (grad == at::kFloat && param == at::kHalf) plan.block = with_state<mode, f16, float>(anchor, fisher);
   }
   if (plan.block != nullptr) return plan;
   return param == at::kDouble ? converting<mode, double>(param, grad, anchor, fisher)

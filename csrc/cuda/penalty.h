@@ -42,8 +42,8 @@ constexpr int kStreamCounters = 1024, kCaptureCounters = 16384;  // of the stati
 constexpr int64_t kShortestChunk = 4096, kChunksAimedAt = 8192;
 static_assert(kShortestChunk <= kChunk, "kChunk is the longest");
 
-inline int64_t chunk_elements(int64_t numel) {
-  int64_t chunk = kShortestChunk;
+inline int64_t chunk_elements(int64_t numel, int64_t shortest = kShortestChunk) {
+  int64_t chunk = shortest;
   while (chunk < kChunk && chunk * kChunksAimedAt < numel) chunk *= 2;
   return chunk;
 }

@@ -1,37 +1,21 @@
 // CUDA side of the penalty ops: from tensors to the launchers of penalty.h.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "counters.h"
+#include "device.h"
 #include "penalty.h"
 #include "penalty_ops.h"
 
 namespace ewc {
 namespace {
 
-Dtype dtype_code(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble: return Dtype::kFloat64;
-    case at::kFloat: return Dtype::kFloat32;
-    case at::kBFloat16: return Dtype::kBFloat16;
-    case at::kHalf: return Dtype::kFloat16;
-    default: TORCH_INTERNAL_ASSERT(false, "unchecked dtype ", dtype);
-  }
-}
-
 Scalar scalar_of(const at::Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == at::kDouble}; }
 
 Scalar scalar_of(const std::optional<at::Tensor>& t) { return t.has_value() ? scalar_of(*t) : Scalar{}; }
-
-int multiprocessors(at::Device device) {
-  int count = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index()));
-  return count;
-}
 
 CounterPool& counter_pool() {
   static CounterPool pool;

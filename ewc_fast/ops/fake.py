@@ -45,3 +45,8 @@ def register() -> None:
     @torch.library.register_fake("ewc_fast::scale_")
     def _(buffer: Tensor, factor: Tensor) -> None:
         _check_devices(buffer.device, factor)
+
+    @torch.library.register_fake("ewc_fast::fisher_accumulate_")
+    def _(fisher: list[Tensor], grads: list[Tensor], weight: float = 1.0) -> None:
+        if fisher:
+            _check_devices(fisher[0].device, fisher, grads)

@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ewc_fast.ops import extension, fake, reference
+from ewc_fast.ops import reference
+from ewc_fast.ops.native import BACKENDS as BACKENDS
+from ewc_fast.ops.native import call as _call
+from ewc_fast.ops.native import direct
+from ewc_fast.ops.native import use_native as use_native
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
 
-BACKENDS = ("auto", "native", "reference")
-
-# The op that every optimizer step calls, past torch.ops, which takes longer than the op where the model is small.
-_accumulate: Callable[..., Any] | None = None
-
-if extension.status().loaded:
-    fake.register()
-    _accumulate = getattr(importlib.import_module("ewc_fast._C"), "penalty_accumulate_", None)  # none in older builds
-
-
-def use_native(device: torch.device, backend: str) -> bool:
-    """Whether the native kernel serves a device. Says so once where the reference has to step in on CPU or CUDA.
-
-    Raises:
-        RuntimeError: ``backend`` is ``"native"`` and there is no kernel; the message says why and what to do.
-    """
-    if backend == "reference":
-        return False
-    if extension.has_kernel(device.type):
-        return True
-    if backend == "native":
-        extension.require(device.type)
-    if not torch.compiler.is_compiling():
-        extension.warn_missing(device.type)
-    return False
-
-
-def _call(op: Any, *arguments: Any) -> Any:
-    """Calls an op without a graph: it has no derivative of its own, and its results must not claim one."""
-    if not torch.is_grad_enabled():
-        return op(*arguments)
-    torch._C._set_grad_enabled(False)  # what no_grad does, in a fifth of its time
-    try:
-        return op(*arguments)
-    finally:
-        torch._C._set_grad_enabled(True)
+_accumulate = direct("penalty_accumulate_")  # which every optimizer step calls
 
 
 def penalty(params: Sequence[Tensor], q: FlatQuadratic, *, backend: str = "auto") -> PenaltyResult:
@@ -123,8 +90,8 @@ def penalty_accumulate_(
     if not use_native(q.anchor.device, backend):
         return reference.penalty_accumulate_(params, grads, q, grad_scale, found_inf, maximize)
     arguments = (params, grads, *q, grad_scale, found_inf, maximize)
-    result = None if _accumulate is None or torch.compiler.is_compiling() else _accumulate(*arguments)
-    if result is None:  # tensor subclasses, and modes that only torch.ops knows how to serve
+    result = None if torch.compiler.is_compiling() else _accumulate(*arguments)
+    if result is None:
         result = _call(torch.ops.ewc_fast.penalty_accumulate_.default, *arguments)
     return PenaltyResult(*result)
 

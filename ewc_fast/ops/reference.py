@@ -6,6 +6,7 @@ math in fp32 (fp64 for fp64 parameters), sums in fp64. Nothing here synchronises
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -218,3 +219,58 @@ def scale_(buffer: Tensor, factor: Tensor) -> None:
         raise ValueError("buffer must be contiguous")
     _check_scalar(factor, "factor", buffer.device)
     buffer.mul_(factor.reshape(()))
+
+
+def _may_overlap(t: Tensor) -> bool:
+    """Whether elements may lie in one place: exact for all views that slicing, permuting and expanding make."""
+    last = 0  # the furthest element of the dimensions so far
+    for stride, n in sorted((s, n) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1):
+        if stride <= last:
+            return t.numel() > 0
+        last += (n - 1) * stride
+    return False
+
+
+def _check_fisher(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float) -> None:
+    """Raises what the native op raises, before anything is written."""
+    if not math.isfinite(weight):
+        raise ValueError(f"weight must be finite, got {weight}")
+    if len(grads) != len(fisher):
+        raise ValueError(f"grads has {len(grads)} tensors for {len(fisher)} of fisher")
+    places: dict[int, int] = {}
+    for i, (f, g) in enumerate(zip(fisher, grads, strict=True)):
+        if f.dtype in (torch.bfloat16, torch.float16):
+            name = str(f.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"fisher[{i}] is {name}, in which sums of squares stop growing: accumulate in float32 or float64"
+            )
+        for which, t, first in (("fisher", f, fisher[0]), ("grads", g, grads[0])):
+            if t.layout != torch.strided:
+                raise TypeError(f"{which}[{i}] is {t.layout}; expected a dense tensor")
+            if t.dtype not in _DTYPES:
+                raise TypeError(f"{which}[{i}] has dtype {t.dtype}; expected float64, float32, bfloat16 or float16")
+            if t.dtype != first.dtype:
+                raise TypeError(f"{which}[{i}] has dtype {t.dtype}, {which}[0] {first.dtype}: one call takes one dtype")
+            if t.device != fisher[0].device:
+                raise ValueError(f"{which}[{i}] is on {t.device}, fisher[0] on {fisher[0].device}")
+        if (g.shape[1:] if g.dim() == f.dim() + 1 else g.shape) != f.shape:
+            raise ValueError(
+                f"grads[{i}] has shape {list(g.shape)}, fisher[{i}] {list(f.shape)}: expected that, or one leading "
+                "dimension more for samples"
+            )
+        if _may_overlap(f):
+            raise ValueError(f"fisher[{i}] has strides {list(f.stride())}: elements share memory; clone() it first")
+    for i, f in enumerate(fisher):
+        if f.numel() > 0 and places.setdefault(f.data_ptr(), i) != i:
+            raise ValueError(
+                f"fisher[{places[f.data_ptr()]}] and fisher[{i}] share their memory: accumulate into each once per call"
+            )
+
+
+@torch.no_grad()
+def fisher_accumulate_(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0) -> None:
+    """``fisher[i] += weight * sum_b grads[i][b]^2``."""
+    _check_fisher(fisher, grads, weight)
+    for f, g in zip(fisher, grads, strict=True):
+        squares = g.to(f.dtype).square()
+        f.add_(squares.sum(dim=0) if g.dim() > f.dim() else squares, alpha=weight)

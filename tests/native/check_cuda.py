@@ -49,11 +49,21 @@ class Accesses:
         return self.loads < wanted.loads or self.streamed < wanted.streamed or self.stores < wanted.stores
 
 
+def fisher_loads(name: str) -> tuple[int, int]:
+    """16-byte loads of the Fisher, and of one of the two rows that are loaded at once; 0 where they are narrower."""
+    grad, fisher = (SIZES[storage] for storage in name.partition("<")[2].rstrip(">").split(", "))
+    vector, turns = (2, 4) if fisher == 8 else (16 // grad, 2)
+    return turns * (vector * fisher // 16), turns * (vector * grad // 16)
+
+
 def wanted_accesses(name: str) -> Accesses:
     """What a kernel is written to do; asserted of its PTX."""
     arguments = name.partition("<")[2].rstrip(">").split(", ")
     if name.startswith("scale_kernel"):
         return Accesses(4, 0, 4)
+    if name.startswith("fisher_kernel"):
+        of_fisher, of_row = fisher_loads(name)
+        return Accesses(of_fisher + 2 * of_row, 2 * of_row, of_fisher)
     mode = int(arguments[0])  # 0: value, 1: write, 2: accumulate
     vector = 16 // min(SIZES[storage] for storage in arguments[2:])
     param, grad, anchor, fisher = (vector * SIZES[storage] // 16 for storage in arguments[2:])
@@ -77,6 +87,7 @@ class Kernel:
     def blocks(self) -> int:
         """Blocks per multiprocessor that the kernel's grid is sized for."""
         wide = self.name.startswith("penalty_kernel") and ("Any" in self.name or "double" in self.name)
+        wide |= self.name.startswith("fisher_kernel") and self.name.endswith("double>")
         return 2 if wide else 3
 
     @property
@@ -86,8 +97,17 @@ class Kernel:
 
     @property
     def in_flight(self) -> int | None:
-        """Bytes that a multiprocessor requests at once, None where the types are known only at run time."""
-        return None if "Any" in self.name else 16 * wanted_accesses(self.name).loads * THREADS * self.blocks
+        """Bytes that a multiprocessor requests at once, None for combinations of types that are narrower on purpose."""
+        if "Any" in self.name:
+            return None
+        loads = wanted_accesses(self.name).loads
+        if self.name.startswith("fisher_kernel"):
+            if self.name.count("double") == 1:
+                return None
+            # Of one row, or of many, beside which the Fisher's are few.
+            of_fisher, of_row = fisher_loads(self.name)
+            loads = min(of_fisher + of_row, 2 * of_row)
+        return 16 * loads * THREADS * self.blocks
 
     def faults(self) -> list[str]:
         """What is wrong with it."""

@@ -11,8 +11,9 @@
 #include <random>
 #include <vector>
 
-#include "cpu/streaming.h"
+#include "cpu/fisher_kernels.h"
 #include "cpu/penalty_kernels.h"
+#include "cpu/streaming.h"
 
 namespace {
 
@@ -192,11 +193,44 @@ void check_stream(int64_t n, int64_t offset, Random& random) {
   expect_untouched("stream", to, before);
 }
 
+// Elements [start, n) of a Fisher, and rows with a gap between them.
+template <typename G, typename M>
+void check_fisher(const char* kernel, int64_t n, int64_t offset, Random& random) {
+  for (int64_t rows : {1, 2, 3, 4, 5, 9}) {
+    const int64_t stride = n + offset, start = n / 3;
+    Values<M> fisher(n, offset, random, true);
+    const Values<G> grads(rows * stride, offset, random);
+    const Values<M> before = fisher;
+    const double weight = -0.75;
+    ewc::fisher_chunk<G, M>({fisher.data, grads.data, n, rows, stride}, start, n, weight);
+    for (int64_t i = 0; i < n; ++i) {
+      const double old = Format<M>::value(before.storage[offset + i]);
+      double squares = 0;
+      for (int64_t r = 0; r < rows && i >= start; ++r) squares += std::pow(grads[r * stride + i], 2);
+      // Widening and squaring, the additions of at most 4 rows, the product; then each four rows round the sum. What is
+      // expected in fp64 has been rounded as often.
+      const double unit = (sizeof(M) == 8 ? 2 : 1) * Format<M>::unit;
+      const double bound = unit * (8 * 0.75 * squares + (rows / 4 + 1) * (old + 0.75 * squares));
+      expect_near(kernel, "element", n, i, fisher[i], old + weight * squares, i < start ? 0 : bound);
+    }
+    expect_untouched(kernel, fisher, before.storage);
+  }
+}
+
 template <typename P, typename G, typename A, typename F>
 void check_modes(const char* kernel, int64_t n, int64_t offset, Random& random) {
   check_penalty<Mode::kValue, P, G, A, F>(kernel, n, offset, random);
   check_penalty<Mode::kWrite, P, G, A, F>(kernel, n, offset, random);
   check_penalty<Mode::kAccumulate, P, G, A, F>(kernel, n, offset, random);
+}
+
+void check_fishers(int64_t n, int64_t offset, Random& random) {
+  check_fisher<float, float>("Fisher, fp32", n, offset, random);
+  check_fisher<bf16, float>("Fisher, bf16", n, offset, random);
+  check_fisher<f16, float>("Fisher, fp16", n, offset, random);
+  check_fisher<double, float>("Fisher, fp64 in fp32", n, offset, random);
+  check_fisher<double, double>("Fisher, fp64", n, offset, random);
+  check_fisher<f16, double>("Fisher, fp16 in fp64", n, offset, random);
 }
 
 void check_all(uint64_t seed) {
@@ -218,11 +252,22 @@ void check_all(uint64_t seed) {
       check_scale<bf16>("scale bf16", n, offset, random);
       check_scale<f16>("scale fp16", n, offset, random);
       check_stream(n, offset, random);
+      check_fishers(n, offset, random);
     }
   }
+  check_fishers(2 * kBlock + 1, 0, random);  // several blocks
+  check_fishers(5000, 3, random);
 }
 
 alignas(64) char buffers[4][kBlock * sizeof(double)];
+
+template <typename G>
+void count_fisher() {
+  alignas(64) static float fisher[kBlock];
+  alignas(64) static G grads[4 * kBlock];
+  ewc::fisher_block<1>(fisher, grads, kBlock, kBlock, 1.0f);
+  ewc::fisher_block<4>(fisher, grads, kBlock, kBlock, 1.0f);
+}
 
 template <typename P, typename G, typename A, typename F>
 void count_modes(int64_t calls) {
@@ -248,6 +293,9 @@ void count_all(int64_t calls) {
     ewc::narrow<bf16, float>(buffers[0], buffers[1], kBlock);
     ewc::scale_block<float>(buffers[0], kBlock, 1);
     ewc::scale_block<bf16>(buffers[0], kBlock, 1);
+    count_fisher<float>();
+    count_fisher<bf16>();
+    count_fisher<f16>();
   }
 }
 

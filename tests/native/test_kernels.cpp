@@ -11,6 +11,8 @@
 //   Gradient: t = factor (F + delta) d has at most 7 roundings (factor, delta and d among them), g + t one more, then
 //   the storage type rounds, subnormals absolutely; fp64 is stored as fp16 by way of fp32, which rounds once more.
 //   Operands that are wider than the arithmetic are rounded to it first: an anchor in d with error u |anchor|.
+//   The Fisher: a square has at most 3 roundings (a gradient wider than the arithmetic counts twice), each of the additions
+//   of rows one, the weight, its product and the last sum one each.
 #include <cinttypes>
 #include <cmath>
 #include <cstdarg>
@@ -20,6 +22,7 @@
 #include <string>
 
 #include "counters.h"
+#include "fisher.cu"
 #include "penalty_accumulate.cu"
 #include "penalty_value.cu"
 #include "penalty_write.cu"
@@ -609,6 +612,8 @@ void test_chunk_elements() {
     check(chunks > ewc::kChunksAimedAt / 2 || chunk == ewc::kShortestChunk, "too few chunks of %" PRId64, numel);
     last = chunk;
   }
+  check(ewc::fisher_chunk_elements(1) == ewc::kBlock && ewc::fisher_chunk_elements(int64_t{1} << 42) == kChunk,
+        "chunks of Fishers");
 }
 
 void test_counter_pool() {
@@ -684,6 +689,143 @@ void test_scale(const std::function<uint64_t()>& seed) {
   check(ewc::launch_scale(nullptr, kChunk + 1, kF32, {&one, false}, 1, nullptr) == cudaSuccess, "it failed");
 }
 
+// ---- fisher_accumulate_ ----
+
+struct FisherCase {
+  Dtype f = kF32, g = kF32;
+  std::vector<int64_t> sizes = {1000}, rows = {1};  // of tensor t: rows[t % rows.size()]
+  bool exact = true;
+  int64_t f_shift = 0, g_shift = 0, row_gap = 0;  // elements
+  bool same_row = false;                          // stride 0
+  double weight = 0.5;
+  int64_t nan_tensor = -1, nan_element = 0;
+  int64_t chunk = ewc::kBlock;
+};
+
+void run_fisher(const FisherCase& c, uint64_t seed, int repeats = 2) {
+  context = std::string("fisher ") + format_of(c.f).name + " " + format_of(c.g).name + (c.exact ? " exact" : " random") +
+            " tensors " + std::to_string(c.sizes.size()) + " first " + std::to_string(c.sizes[0]) + " rows " +
+            std::to_string(c.rows[0]) + " shifts " + std::to_string(c.f_shift) + std::to_string(c.g_shift) + " gap " +
+            std::to_string(c.row_gap) + (c.same_row ? " same row" : "");
+  std::mt19937_64 random(seed);
+  const auto uniform = [&] { return std::uniform_real_distribution<double>(-1, 1)(random); };
+  const auto integer = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
+  const auto n = static_cast<int64_t>(c.sizes.size());
+  std::vector<Buffer> fishers, grads;
+  std::vector<ewc::FisherEntry> entries;
+  std::vector<std::string> old_fishers, old_grads;
+  for (int64_t t = 0; t < n; ++t) {
+    const int64_t size = c.sizes[t], rows = c.rows[t % c.rows.size()], stride = c.same_row ? 0 : size + c.row_gap;
+    const int64_t length = (rows - 1) * stride + size;
+    fishers.emplace_back(c.f, size, c.f_shift);
+    grads.emplace_back(c.g, length, c.g_shift);
+    for (int64_t i = 0; i < length; ++i) {
+      grads[t].set(i, stride > 0 && i % stride >= size ? kNaN : rounded(c.g, c.exact ? integer(-3, 3) : uniform()));
+    }
+    for (int64_t i = 0; i < size; ++i) fishers[t].set(i, rounded(c.f, c.exact ? integer(0, 8) : uniform() * uniform()));
+    if (t == c.nan_tensor) grads[t].set((rows - 1) * stride + c.nan_element, kNaN);
+    entries.push_back({fishers[t].data(), grads[t].data(), size, rows, stride});
+    old_fishers.push_back(fishers[t].bytes());
+    old_grads.push_back(grads[t].bytes());
+  }
+  ewc::FisherLaunch launch{entries.data(), n, c.f, c.g, c.weight, c.chunk, 0};
+  std::vector<std::string> first(n);
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    for (int64_t t = 0; t < n; ++t) fishers[t].restore(old_fishers[t]);
+    launch.multiprocessors = std::vector<int>{5, 1, 2}[repeat % 3];
+    emulation::device.random.seed(seed + repeat);
+    emulation::device.launches = emulation::device.memsets = 0;
+    check(ewc::launch_fisher(launch, nullptr) == cudaSuccess, "the launch failed");
+    const int64_t launches = (n + ewc::kFishersPerLaunch - 1) / ewc::kFishersPerLaunch;
+    check(emulation::device.launches == launches && emulation::device.memsets == 0, "%d launches, %d memsets",
+          emulation::device.launches, emulation::device.memsets);
+    for (int64_t t = 0; t < n; ++t) {
+      if (repeat == 0) first[t] = fishers[t].bytes();
+      check(fishers[t].bytes() == first[t], "other bits in repeat %d", repeat);
+    }
+  }
+
+  const double u = (c.f == kF64 ? 2 : 1) * format_of(c.f).roundoff();  // what is expected in fp64 is rounded as often
+  for (int64_t t = 0; t < n; ++t) {
+    check(grads[t].bytes() == old_grads[t], "gradient %" PRId64 " was written", t);
+    const size_t head = c.f_shift * format_of(c.f).bytes;
+    check(fishers[t].bytes().compare(0, head, old_fishers[t], 0, head) == 0, "memory before the Fisher was written");
+    const ewc::FisherEntry& entry = entries[t];
+    for (int64_t i = 0; i < entry.numel; ++i) {
+      double squares = 0;
+      for (int64_t r = 0; r < entry.rows; ++r) squares += std::pow(grads[t].get(r * entry.stride + i), 2);
+      const double before = decode(c.f, old_fishers[t].data() + head + i * format_of(c.f).bytes);
+      const double expected = before + c.weight * squares, got = fishers[t].get(i);
+      const double bound =
+          c.exact ? 0 : (5 + entry.rows) * u * std::abs(c.weight) * squares + 1.01 * u * std::abs(expected);
+      check(close(got, expected, bound), "[%" PRId64 "][%" PRId64 "] is %.17g, expected %.17g", t, i, got, expected);
+    }
+  }
+}
+
+void test_fisher(const std::function<uint64_t()>& seed) {
+  for (const Dtype f : {kF32, kF64}) {
+    for (const Dtype g : {kF64, kF32, kB16, kF16}) {
+      for (const bool exact : {true, false}) {
+        FisherCase c;
+        c.f = f;
+        c.g = g;
+        c.exact = exact;
+        c.weight = exact ? 0.5 : -0.37;
+        c.rows = {1, 2, 3, 5, 8};
+        c.sizes = {5, 4096, 16, 2064, 8};  // rows that start at 16 bytes
+        run_fisher(c, seed());
+        c.sizes = {4099, 7, 2049, 5001, 1};  // and that do not
+        run_fisher(c, seed(), 1);
+      }
+    }
+  }
+  for (const Dtype g : {kF32, kB16}) {
+    FisherCase c;
+    c.g = g;
+    for (const int64_t size : boundaries(ewc::kBlock)) {
+      if (size > 0) c.sizes.push_back(size);
+    }
+    run_fisher(c, seed(), 3);  // 5, 1 and 2 multiprocessors
+    c.rows = {3, 4};
+    run_fisher(c, seed(), 1);
+    c.chunk = kChunk;  // in several turns
+    c.sizes = {kChunk - 1, kChunk + 9, 5};
+    c.rows = {1, 3};
+    run_fisher(c, seed(), 1);
+    c.chunk = ewc::kBlock;
+    c.sizes = {24, 2400};
+    c.rows = {5, 2};
+    for (const int64_t shifts : {1, 2, 3}) {
+      c.f_shift = shifts & 1;
+      c.g_shift = shifts >> 1;
+      run_fisher(c, seed(), 1);
+    }
+    c.f_shift = c.g_shift = 0;
+    for (const int64_t gap : {1, 8}) {
+      c.row_gap = gap;
+      run_fisher(c, seed(), 1);
+    }
+    c.same_row = true;
+    run_fisher(c, seed(), 1);
+    c.same_row = false;
+    for (const int64_t element : {0, 1200, 2399}) {
+      c.nan_tensor = 1;
+      c.nan_element = element;
+      run_fisher(c, seed(), 1);
+    }
+  }
+  for (const int64_t n : {int64_t{1}, int64_t{ewc::kFishersPerLaunch}, int64_t{ewc::kFishersPerLaunch + 1},
+                          int64_t{2 * ewc::kFishersPerLaunch + 1}}) {
+    FisherCase c;
+    c.sizes.clear();
+    for (int64_t t = 0; t < n; ++t) c.sizes.push_back(1 + t % 11);
+    c.sizes[n / 2] = 2 * ewc::kBlock + 1;
+    c.rows = {1, 2, 7};
+    run_fisher(c, seed(), 1);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -703,6 +845,7 @@ int main(int argc, char** argv) {
   test_inactive(seed);
   test_nan(seed);
   test_scale(seed);
+  test_fisher(seed);
   test_chunk_elements();
   test_counter_pool();
   std::printf("seed %s, %d tensors a launch: %" PRId64 " checks, %d failed\n", argv[1], kTensorsPerLaunch, checks,

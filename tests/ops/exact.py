@@ -219,8 +219,28 @@ def check_accumulate(inputs: Inputs, grads: Sequence[Tensor], backend: str, what
 
 def bits(t: Tensor) -> Tensor:
     """The bit patterns, for comparisons in which NaN equals NaN and -0 is not 0."""
-    return t.contiguous().view(BITS[t.dtype])
+    return t.resolve_neg().contiguous().view(BITS[t.dtype])
 
 
 def assert_same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
     assert all(torch.equal(bits(x), bits(y)) for x, y in zip(a, b, strict=True))
+
+
+def assert_squares_added(fisher: Tensor, before: Tensor, grads: Tensor, weight: float) -> None:
+    """``fisher`` is ``before + weight * sum of squares of grads``, over the first dimension where there is one more.
+
+    Tolerance: a square has three roundings (a gradient that is wider than the Fisher counts twice); the additions of n
+    rows at most n, the weight and its product two; the sum with the Fisher is rounded for every four rows at most. What
+    is expected of an fp64 Fisher is rounded as often. Squares may underflow.
+    """
+    squares = grads.double().square()
+    rows = 1
+    if grads.dim() > fisher.dim():
+        rows, squares = grads.shape[0], squares.sum(dim=0)
+    unit = ROUNDOFF[fisher.dtype] * (2 if fisher.dtype == torch.float64 else 1)
+    expected = before.double() + weight * squares
+    largest = before.double().abs() + abs(weight) * squares
+    error = unit * ((rows + 5) * abs(weight) * squares + (rows // 4 + 1) * largest)
+    error = error + (rows * abs(weight) + 1) * 2 * UNDERFLOW[fisher.dtype]
+    beyond = (fisher.double() - expected).abs() - error
+    assert fisher.numel() == 0 or float(beyond.max()) <= 0, f"{tuple(grads.shape)}: {float(beyond.max())} beyond"

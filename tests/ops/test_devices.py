@@ -13,11 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from ewc_fast import EWCLoss, ewc_penalty
 from ewc_fast.ops import penalty as ops
+from ewc_fast.ops.fisher import fisher_accumulate_
 from ewc_fast.ops.types import FlatQuadratic
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZES = (0, 1, 3, 255, 2049, 32767, 32769, 100_003)
-TENSORS_PER_LAUNCH = 800  # with kernel parameters of 32 KB
+TENSORS_PER_LAUNCH, FISHERS_PER_LAUNCH = 800, 600  # with kernel parameters of 32 KB
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -159,6 +160,55 @@ def test_a_cuda_graph_sees_lambda_change() -> None:
             torch.testing.assert_close(g.double().cpu(), factor * want, rtol=1e-5, atol=1e-5)
 
 
+def squares(grads: Tensor, fisher: Tensor) -> Tensor:
+    """What gradients add to a Fisher, in fp64 on the CPU."""
+    found = grads.double().cpu().square()
+    return found.sum(dim=0) if grads.dim() > fisher.dim() else found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grad"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.float64, torch.bfloat16),
+        (torch.float64, torch.float16),
+    ],
+    ids=str,
+)
+def test_fisher_of_blocks(device: torch.device, dtype: torch.dtype, grad: torch.dtype) -> None:
+    """Sizes of all sorts, rows that start at 16 bytes and that do not, one misaligned, one strided, one transposed."""
+    fisher, grads = [], []
+    for rows in (None, 0, 1, 2, 5):
+        for size in (*SIZES, 1024, 40_000):
+            fisher.append(torch.rand(size).to(device, dtype))
+            grads.append(torch.randn(*(() if rows is None else (rows,)), size).to(device, grad))
+    fisher += [torch.rand(2050).to(device, dtype)[1:], torch.rand(70, 50).to(device, dtype)[:, ::2]]
+    grads += [torch.randn(3, 2049).to(device, grad), torch.randn(70, 25).to(device, grad)]
+    fisher += [torch.rand(64, 128).to(device, dtype).t(), torch.rand(()).to(device, dtype)]
+    grads += [torch.randn(4, 64, 128).to(device, grad).transpose(1, 2), torch.randn(7).to(device, grad)]
+    wanted = [f.double().cpu() + 0.3 * squares(g, f) for f, g in zip(fisher, grads, strict=True)]
+    fisher_accumulate_(fisher, grads, 0.3, backend="native")
+    for f, want in zip(fisher, wanted, strict=True):
+        torch.testing.assert_close(f.double().cpu(), want, rtol=8 * EPS[dtype], atol=0)
+
+
+@pytest.mark.parametrize("shape", [(8, 256, 1024), (33, 64, 64), (1, 3000, 1000)], ids=str)
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16], ids=str)
+def test_fisher_of_one_block(device: torch.device, shape: tuple[int, ...], grad: torch.dtype) -> None:
+    fisher, grads = torch.rand(shape[1:], device=device), torch.randn(shape, device=device, dtype=grad)
+    want = fisher.double().cpu() + squares(grads, fisher)
+    again = fisher.clone()
+    fisher_accumulate_([fisher], [grads], backend="native")
+    fisher_accumulate_([again], [grads], backend="native")
+    torch.testing.assert_close(fisher.double().cpu(), want, rtol=(4 + shape[0]) * EPS[torch.float32], atol=0)
+    assert torch.equal(fisher, again)
+
+
 # ---- many tensors, large tensors ----
 
 
@@ -216,6 +266,39 @@ def test_indices_have_64_bits(device: str, numel: int) -> None:
     assert result.penalty.item() == 3.0 / 2 * len(places) * 4.0
     assert [grads[1][place].item() for place in places] == [6.0] * len(places)
     assert int((grads[1] != 0).sum()) == len(places) and not grads[0].any()
+
+
+@pytest.mark.parametrize("n", [FISHERS_PER_LAUNCH, FISHERS_PER_LAUNCH + 1, 2 * FISHERS_PER_LAUNCH + 1])
+def test_many_fishers(device: torch.device, n: int) -> None:
+    """Empty ones take no place in a launch."""
+    sizes = [0, *torch.randint(1, 13, (n,)).tolist(), 0]
+    fisher = [torch.rand(size, device=device) for size in sizes]
+    grads = [torch.randn(1 + i % 3, size, device=device) for i, size in enumerate(sizes)]
+    wanted = [f.double().cpu() + squares(g, f) for f, g in zip(fisher, grads, strict=True)]
+    fisher_accumulate_(fisher, grads, backend="native")
+    torch.testing.assert_close(torch.cat(fisher).double().cpu(), torch.cat(wanted), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "numel"),
+    [
+        ("cpu", 3, 10_007),
+        pytest.param("cuda", 1, 2**31 + 77, marks=pytest.mark.gpu),
+        pytest.param("cuda", 5, 2**29 + 3, marks=pytest.mark.gpu),  # the last rows start beyond 2^31 elements
+    ],
+)
+def test_indices_of_fishers_have_64_bits(device: str, rows: int, numel: int) -> None:
+    needed = 4 * numel + 2 * rows * numel + numel  # bytes: Fisher, gradients, and one comparison
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 1.05 * needed:
+        pytest.skip(f"takes {needed / 2**30:.0f} GiB of memory, {torch.cuda.mem_get_info()[0] / 2**30:.0f} are free")
+    fisher = torch.zeros(numel, device=device)
+    grads = torch.zeros(rows, numel, dtype=torch.bfloat16, device=device)
+    places = sorted({0, 1, numel // 3, numel // 2, numel - 78, numel - 2, numel - 1})
+    for place in places:
+        grads[rows - 1, place] = 3.0
+    fisher_accumulate_([fisher], [grads], 0.5, backend="native")
+    assert [fisher[place].item() for place in places] == [4.5] * len(places)
+    assert int((fisher != 0).sum()) == len(places)
 
 
 # ---- what runs on the device, and beside what ----
@@ -282,6 +365,37 @@ def test_launches_are_all_that_runs(op: str, n: int, launches: int) -> None:
         }[op]
     )
     assert len(work) == launches and all("penalty_kernel" in name for name in work), work
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "launches"), [(1, 1), (FISHERS_PER_LAUNCH, 1), (FISHERS_PER_LAUNCH + 1, 2)])
+def test_launches_are_all_that_runs_for_a_fisher(n: int, launches: int) -> None:
+    fisher = [torch.rand(40, 8, device="cuda") for _ in range(n)]
+    grads = [torch.randn(3, 40, 8, device="cuda") for _ in range(n)]
+    work = device_work(lambda: fisher_accumulate_(fisher, grads, 0.5, backend="native"))
+    assert len(work) == launches and all("fisher_kernel" in name for name in work), work
+    allocated = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with no_synchronisation():
+        fisher_accumulate_(fisher, grads, 0.5, backend="native")
+    assert torch.cuda.max_memory_allocated() == allocated
+
+
+@pytest.mark.gpu
+def test_a_fisher_in_a_cuda_graph() -> None:
+    fisher, grads = torch.zeros(300, 70, device="cuda"), torch.randn(4, 300, 70, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        fisher_accumulate_([fisher], [grads], backend="native")  # warms up
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fisher_accumulate_([fisher], [grads], 2.0, backend="native")
+    fisher.zero_()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(fisher.double().cpu(), 6 * squares(grads, fisher), rtol=1e-6, atol=0)
 
 
 @pytest.mark.gpu
@@ -380,7 +494,10 @@ def test_another_device_than_the_current_one() -> None:
     with torch.cuda.device(0):
         result = ops.penalty_accumulate_(params, grads, q, backend="native")
         ops.scale_(grads[-1], torch.full((), 2.0, device=device), backend="native")
+        fisher = torch.zeros_like(params[-1])
+        fisher_accumulate_([fisher], [params[-1]], backend="native")
         assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(fisher, params[-1].square(), rtol=1e-6, atol=0)
     penalty, _, gradients = exact(params, q)
     assert result.penalty.device == device and result.penalty.item() == pytest.approx(penalty, rel=1e-6)
     torch.testing.assert_close(grads[-1].double().cpu(), 2 * gradients[-1], rtol=1e-5, atol=1e-5)
