@@ -9,7 +9,7 @@ parameter that is used out of sight still gets an ordinary gradient, and that is
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -289,14 +289,8 @@ class Capture(TorchFunctionMode):
         return result
 
     def _found(self, args: Any, kwargs: Any) -> list[str]:
-        found = []
-        for a in (*args, *kwargs.values()):
-            for t in a if isinstance(a, (list, tuple)) else (a,):
-                if isinstance(t, Tensor) and id(t) in self._names:
-                    name = self._names[id(t)]
-                    if self.status.get(name) != UNCOVERED:
-                        found.append(name)
-        return found
+        names = [self._names[id(t)] for t in _tensors(args, kwargs) if id(t) in self._names]
+        return [name for name in names if self.status.get(name) != UNCOVERED]
 
     def _moves_samples(self, source: Any, *where: Any) -> bool:
         """Whether rows are picked by what the data say, so that a row's number no longer is its sample's."""
@@ -349,11 +343,11 @@ class Capture(TorchFunctionMode):
                     return None
         if y.dim() > 2 and not isinstance(mine[0][1], Convolution):
             self._lengths.update(y.shape[:-1])
+        for name, _, _ in mine:
+            if not self._backward:  # also without a graph: reentrant checkpoints make theirs in the backward
+                self._count[name] = self._count.get(name, 0) + 1
         if not torch.is_grad_enabled():
             return y
-        for name, _, _ in mine:
-            if not self._backward:
-                self._count[name] = self._count.get(name, 0) + 1
         half = y.dtype in (torch.bfloat16, torch.float16)
         saved = [None if x is None else x.detach() for _, _, x in mine]
         saved = [x.to(y.dtype) if half and x is not None and x.is_floating_point() else x for x in saved]
@@ -444,6 +438,32 @@ class Capture(TorchFunctionMode):
             torch.autograd.backward(z, cotangent.to(z.dtype), retain_graph=again)
         for name in list(self._waiting):
             self._add_waiting(name)
+
+
+class Uses(TorchFunctionMode):
+    """Counts the operations that take a parameter, by name; not those inside scripts and autograd functions."""
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {id(t): name for name, t in leaves.items()}
+        self.count = dict.fromkeys(leaves, 0)
+
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if isinstance(result, (Tensor, list, tuple)):  # not a dtype, say
+            for t in _tensors(args, kwargs):
+                if id(t) in self._names:
+                    self.count[self._names[id(t)]] += 1
+        return result
+
+
+def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """An operation's, of which it may have lists."""
+    for a in (*args, *kwargs.values()):
+        for t in a if isinstance(a, (list, tuple)) else (a,):
+            if isinstance(t, Tensor):
+                yield t
 
 
 def _needs_grad(result: Any) -> bool:

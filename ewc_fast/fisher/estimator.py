@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
 from ewc_fast.fisher.batches import batch_size, take, to_device
-from ewc_fast.fisher.capture import UNCOVERED, Capture, StatusChanged
+from ewc_fast.fisher.capture import UNCOVERED, Capture, StatusChanged, Uses
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.fisher.fallback import add_in_loop, add_vectorised
 from ewc_fast.fisher.modes import module_mode
 from ewc_fast.fisher.objectives import Objective, Target, make_objective
 from ewc_fast.layout import select_parameters, wrapper_prefix
+from ewc_fast.ops.fisher import fisher_accumulate_
 
 _LOOK_SAMPLES = 4  # of the batch, to find out where in each operation the samples lie
 _MAX_LOOKS = 3
@@ -209,25 +210,42 @@ class FisherEstimator:
     def _add_whole(self, batch: Any) -> int:
         """One gradient for the whole batch, each parameter's squared and freed as it becomes ready."""
         leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
+        uses = Uses(leaves)
+        ready: set[str] = set()
 
-        def hook_for(total: Tensor) -> Callable[[Tensor], None]:
-            def hook(leaf: Tensor) -> None:
-                assert leaf.grad is not None
-                grad = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
-                leaf.grad = None
-                grad = grad.to(total.dtype)
-                total.addcmul_(grad, grad)
+        def add(name: str) -> None:
+            leaf = leaves[name]
+            assert leaf.grad is not None
+            grad = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
+            leaf.grad = None
+            fisher_accumulate_([self._sums[name]], [grad])
+
+        def hook_for(name: str) -> Callable[[Tensor], None]:
+            def hook(_: Tensor) -> None:
+                if uses.count[name] != 1:
+                    return  # reentrant checkpoints have backwards of their own: more of the gradient may come
+                if name in ready:
+                    raise RuntimeError(
+                        f"{name} gets its gradient from several reentrant checkpoints: use_reentrant=False"
+                    )
+                ready.add(name)
+                add(name)
 
             return hook
 
         for name, leaf in leaves.items():
-            leaf.register_post_accumulate_grad_hook(hook_for(self._sums[name]))
+            leaf.register_post_accumulate_grad_hook(hook_for(name))
         with self._swapped(leaves):
-            z = self._output(batch)
+            with uses:
+                z = self._output(batch)
             target = self._target(z, batch)
             if z.requires_grad:
                 for cotangent, more in self._cotangents(z, target):
+                    ready.clear()
                     torch.autograd.backward(z, cotangent.to(z.dtype), retain_graph=more)
+                    for name, leaf in leaves.items():
+                        if leaf.grad is not None:
+                            add(name)
         return target.terms
 
     def _add_per_sample(self, batch: Any, size: int) -> int:

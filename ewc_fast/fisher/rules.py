@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ewc_fast.ops.fisher import fisher_accumulate_
+
 # Per-sample gradients held at once: on the CPU they should still be in the cache when they are squared.
 _BLOCK_BYTES = {"cpu": 2 << 20}
 _BLOCK_BYTES_ELSEWHERE = 256 << 20
-_WORTH_A_CALL = 16384  # elements; below, one more pass over all samples at once costs less than a call for each
 
 
 def block_bytes(device: torch.device) -> int:
@@ -23,11 +24,7 @@ def block_bytes(device: torch.device) -> int:
 
 def add_squares_(total: Tensor, gradients: Tensor) -> None:
     """``total += sum_n gradients[n]^2``; gradients have one more dimension, in front."""
-    if gradients.dtype == total.dtype and total.numel() >= _WORTH_A_CALL:
-        for gradient in gradients:
-            total.addcmul_(gradient, gradient)
-    else:
-        total += gradients.to(total.dtype).square().sum(0)
+    fisher_accumulate_([total], [gradients])
 
 
 class Rule:

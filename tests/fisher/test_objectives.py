@@ -1,0 +1,300 @@
+"""Objectives other than one class per sample against the brute force, their units, and what each refuses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ewc_fast.fisher import estimate_fisher
+from tests.fisher import brute_force, models
+from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
+
+ALL = ("exact", "sampled", "empirical", "predicted", "reversed", "batch")
+GIVEN = ("empirical", "predicted", "reversed", "batch")
+GAUSSIAN = ("exact", "sampled", "empirical", "batch")
+ROWS, TOKENS, TAGS = 6, 4, 3
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap:UserWarning")
+
+
+class Tagger(nn.Module):
+    """Logits (B, T, C) that depend on the neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(ROWS, 5), nn.LayerNorm(5)
+        self.mixing, self.head = nn.GRU(5, 4, batch_first=True), nn.Linear(4, TAGS)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        hidden = self.norm(self.embedding(input_ids))
+        if attention_mask is not None:
+            hidden = hidden * attention_mask[..., None]
+        return {"logits": self.head(self.mixing(hidden)[0])}
+
+
+def tags(size: int, ignored: int = -100) -> dict[str, Tensor]:
+    """Some labels do not count; of the last sample none, unless it is alone."""
+    labels = torch.randint(TAGS, (size, TOKENS))
+    labels[torch.rand(size, TOKENS) < 0.3] = ignored
+    labels[0, 1] = 1
+    if size > 1:
+        labels[-1] = ignored
+    ids = torch.randint(ROWS, (size, TOKENS))
+    ids[0, 1] = ROWS - 1  # no tag: nothing that could pass for the labels of a language model
+    return {"input_ids": ids, "labels": labels}
+
+
+def tags_and_mask(size: int) -> dict[str, Tensor]:
+    return {**tags(size), "attention_mask": torch.randint(2, (size, TOKENS))}
+
+
+def segmentation() -> nn.Module:
+    """Classes come last; labels (B, H, W)."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, TAGS, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).movedim(1, -1)
+
+    return Last()
+
+
+def vectors(label: Callable[[int], Tensor]) -> Callable[[int], Any]:
+    return lambda size: (torch.randn(size, 5), label(size))
+
+
+def squeezed() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0))
+
+
+def outputs(n: int) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, n))
+
+
+def hinge(model: nn.Module, batch: Any) -> Tensor:
+    inputs, labels = batch
+    return F.multi_margin_loss(model(inputs), labels, reduction="none")
+
+
+def contrast(model: nn.Module, batch: Any) -> Tensor:
+    """Two forward passes for a loss; no labels; a dict."""
+    return (model(batch["left"]) - model(batch["right"]).tanh()).square().sum(-1)
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Callable[[], nn.Module]
+    batch: Callable[[int], Any]
+    loss: Any
+    kinds: tuple[str, ...]
+    unit: str = "sample"
+
+
+CASES = {
+    "labels_ignored": Case(
+        outputs(4),
+        vectors(lambda n: torch.tensor([2, -100, 1, 3])[:n]),
+        "cross_entropy",
+        ("empirical", "reversed", "batch"),
+    ),
+    "tokens": Case(Tagger, tags, "cross_entropy", ALL, "label"),
+    "tokens_and_mask": Case(Tagger, tags_and_mask, "cross_entropy", ("empirical", "sampled"), "label"),
+    "tokens_ignored_by_index": Case(
+        Tagger, lambda n: tags(n, ignored=2), nn.CrossEntropyLoss(ignore_index=2), ALL, "label"
+    ),
+    "tokens_smoothed": Case(Tagger, tags, nn.CrossEntropyLoss(label_smoothing=0.2), GIVEN, "label"),
+    "pixels": Case(
+        segmentation,
+        lambda n: (torch.randn(n, 2, 3, 4), torch.randint(TAGS, (n, 2, 3))),
+        "cross_entropy",
+        ("exact", "sampled", "empirical", "batch"),
+        "label",
+    ),
+    "smoothed": Case(
+        models.mlp, vectors(lambda n: torch.randint(4, (n,))), nn.CrossEntropyLoss(label_smoothing=0.1), GIVEN
+    ),
+    "binary_scalar": Case(squeezed, vectors(lambda n: torch.randint(2, (n,))), "binary_cross_entropy", ALL),
+    "binary_column": Case(
+        outputs(1), vectors(lambda n: torch.randint(2, (n, 1)).double()), nn.BCEWithLogitsLoss(), ALL
+    ),
+    "binary_labels": Case(outputs(3), vectors(lambda n: torch.randint(2, (n, 3)).bool()), "binary_cross_entropy", ALL),
+    "binary_soft": Case(
+        outputs(3), vectors(lambda n: torch.rand(n, 3).double()), "binary_cross_entropy", ("empirical", "batch")
+    ),
+    "gaussian_scalar": Case(squeezed, vectors(lambda n: torch.randn(n).double()), "gaussian", GAUSSIAN),
+    "gaussian": Case(outputs(3), vectors(lambda n: torch.randn(n, 3)), "gaussian", GAUSSIAN),
+    "gaussian_tokens": Case(
+        lambda: nn.Linear(5, 3), lambda n: (torch.randn(n, 2, 5), torch.randn(n, 2, 3)), "gaussian", GAUSSIAN
+    ),
+    "callable": Case(models.mlp, vectors(lambda n: torch.randint(4, (n,))), hinge, ("empirical", "batch")),
+    "callable_without_labels": Case(
+        models.mlp, lambda n: {"left": torch.randn(n, 5), "right": torch.randn(n, 5)}, contrast, ("empirical", "batch")
+    ),
+}
+
+
+def cast(batch: Any, dtype: torch.dtype) -> Any:
+    """Inputs of the model's dtype; labels keep theirs."""
+    if isinstance(batch, dict):
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    return batch[0].to(dtype), batch[1]
+
+
+def draws(kind: str) -> int:
+    return 2 if kind == "sampled" else 1
+
+
+def compare(model: nn.Module, batches: list[Any], kind: str, loss: Any, **options: Any) -> Any:
+    """The estimate, which agrees with the brute force, drawn labels and all."""
+    seed = int(torch.randint(2**31, ()))
+    generator = torch.Generator().manual_seed(seed)
+    options["num_label_samples"] = draws(kind)
+    expected = brute_force.expected(model, batches, kind, loss, generator=generator, **options)
+    again = torch.Generator().manual_seed(seed)
+    actual = estimate_fisher(model, batches, kind=kind, loss=loss, generator=again, **options)
+    assert_fisher(actual, expected)
+    assert torch.equal(generator.get_state(), again.get_state())
+    return actual
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, case in CASES.items() for kind in case.kinds])
+def test_matches_brute_force(name: str, kind: str) -> None:
+    case = CASES[name]
+    for dtype in (torch.float32, torch.float64):
+        model = case.make().to(dtype)
+        batches = [cast(case.batch(size), dtype) for size in (4, 4, 1)]
+        info = compare(model, batches, kind, case.loss).info
+        assert (info.kind, info.unit, info.num_samples) == (kind, case.unit, 9)
+        assert info.loss == {"callable": info.loss}.get(brute_force.name_of(case.loss), brute_force.name_of(case.loss))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_number_of_labels_is_recorded(kind: str) -> None:
+    batches = [tags(4), tags(3)]
+    info = estimate_fisher(Tagger(), batches, kind=kind).info
+    assert info.num_terms == sum(int((b["labels"] != -100).sum()) for b in batches)
+
+
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "gaussian"])
+@pytest.mark.parametrize("kind", ["exact", "sampled", "empirical", "batch"])
+def test_logits_transform(kind: str, loss: str) -> None:
+    model = outputs(3)().double()
+    labels = torch.rand(9, 2).double()
+    batches = list(zip(torch.randn(9, 5).double().split([4, 4, 1]), labels.split([4, 4, 1]), strict=True))
+    compare(model, batches, kind, loss, logits_transform=lambda z: z[:, 1:] * z[:, :1])
+
+
+def test_channels_first_by_transform() -> None:
+    """Convolutions put the classes second: a transform moves them last."""
+    model = nn.Conv2d(2, TAGS, 2).double()
+    batches = [(torch.randn(n, 2, 3, 4).double(), torch.randint(TAGS, (n, 2, 3))) for n in (4, 1)]
+    for kind in ("exact", "sampled", "empirical", "batch"):
+        compare(model, batches, kind, "cross_entropy", logits_transform=lambda z: z.movedim(1, -1))
+
+
+def test_a_batch_in_which_nothing_counts_adds_nothing() -> None:
+    model, batches = Tagger().double(), [tags(4), tags(3)]
+    empty = {**tags(4), "labels": torch.full((4, TOKENS), -100)}
+    for kind in ("exact", "empirical", "batch"):
+        expected = estimate_fisher(model, batches, kind=kind)
+        actual = estimate_fisher(model, [batches[0], empty, batches[1]], kind=kind)
+        assert all(torch.equal(actual[name], f) for name, f in expected.items())
+        assert actual.info.num_terms == expected.info.num_terms
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_nothing_counts(kind: str) -> None:
+    empty = {**tags(4), "labels": torch.full((4, TOKENS), -100)}
+    with pytest.raises(ValueError, match="no label counts"):
+        estimate_fisher(Tagger(), [empty], kind=kind)
+
+
+@pytest.mark.parametrize("counted", [0, 1, TOKENS])
+def test_tags_that_are_equal_to_the_ids(counted: int) -> None:
+    """As may happen: what has fewer classes than ids is no language model."""
+    model, ids = Tagger().double(), torch.tensor([[1, 2, 0, 1], [5, 3, 4, 5]])
+    labels = torch.full_like(ids, -100)
+    labels[0, :counted] = ids[0, :counted]
+    batches = [tags(2), {"input_ids": ids, "labels": labels}]
+    compare(model, batches, "empirical", "cross_entropy")
+
+
+def binary_batch(labels: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.randn(len(labels), 5), labels
+
+
+REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "class_weights": ({"loss": nn.CrossEntropyLoss(weight=torch.ones(4))}, None, "class weights"),
+    "pos_weight": ({"loss": nn.BCEWithLogitsLoss(pos_weight=torch.ones(4))}, None, "pos_weight"),
+    "smoothed_exact": ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1), "kind": "exact"}, None, "smoothing"),
+    "smoothed_sampled": ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1), "kind": "sampled"}, None, "smoothing"),
+    "gaussian_predicted": ({"loss": "gaussian", "kind": "predicted"}, None, "gaussian"),
+    "gaussian_reversed": ({"loss": "gaussian", "kind": "reversed"}, None, "gaussian"),
+    "callable_exact": ({"loss": hinge, "kind": "exact"}, None, "empirical"),
+    "callable_sampled": ({"loss": hinge, "kind": "sampled"}, None, "empirical"),
+    "callable_predicted": ({"loss": hinge, "kind": "predicted"}, None, "empirical"),
+    "callable_reversed": ({"loss": hinge, "kind": "reversed"}, None, "empirical"),
+    "draws_of_empirical": ({"num_label_samples": 2}, None, "num_label_samples"),
+    "no_draws": ({"kind": "sampled", "num_label_samples": 0}, None, "num_label_samples"),
+    "no_such_kind": ({"kind": "exakt"}, None, "'exact'.*'sampled'.*'empirical'.*'predicted'.*'reversed'.*'batch'"),
+    "no_such_loss": ({"loss": "mse"}, None, "'cross_entropy'.*'binary_cross_entropy'.*'gaussian'.*'causal_lm'"),
+    "criterion": ({"loss": nn.MSELoss(reduction="none")}, None, "MSELoss"),
+    "label_too_large": ({}, (torch.randn(2, 5), torch.tensor([0, 4])), "batch 0: label 4 is out of range.*4 classes"),
+    "label_negative": ({}, (torch.randn(2, 5), torch.tensor([0, -1])), "batch 0: label -1 is out of range"),
+    "labels_floating": ({}, (torch.randn(2, 5), torch.ones(2)), "batch 0: labels must be integers"),
+    "labels_missing": ({}, torch.randn(2, 5), "batch 0: .*needs labels"),
+    "labels_too_few": ({}, (torch.randn(2, 5), torch.tensor([1])), "batch 0: labels must have shape"),
+    "binary_too_large": (
+        {"loss": "binary_cross_entropy"},
+        binary_batch(torch.full((2, 4), 1.5)),
+        r"batch 0: .*\[0, 1\]",
+    ),
+    "binary_shape": (
+        {"loss": "binary_cross_entropy"},
+        binary_batch(torch.ones(2)),
+        r"batch 0: .*shape \(2, 4\), got \(2,\)",
+    ),
+    "gaussian_shape": ({"loss": "gaussian"}, binary_batch(torch.ones(2)), r"batch 0: .*shape \(2, 4\), got \(2,\)"),
+    "mean_loss": (
+        {"loss": lambda m, b: F.cross_entropy(m(b[0]), b[1])},
+        None,
+        "batch 0: .*each sample.*reduction='none'",
+    ),
+    "loss_per_output": (
+        {"loss": lambda m, b: m(b[0]).square()},
+        None,
+        r"batch 0: .*each sample, shape \(2,\), got \(2, 4\)",
+    ),
+    "loss_no_tensor": ({"loss": lambda m, b: 0.5}, None, "batch 0: .*each sample.*float"),
+    "loss_not_finite": ({"loss": lambda m, b: m(b[0]).sum(1) * torch.nan}, None, "batch 0: the loss is not finite"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    arguments, batch, message = REFUSED[name]
+    if batch is None:
+        batch = (torch.randn(2, 5), torch.randint(4, (2,)))
+    with pytest.raises(ValueError, match=message):
+        estimate_fisher(models.mlp(), [batch], **{"kind": "empirical", **arguments})
+
+
+@pytest.mark.parametrize("kind", ["sampled", "exact"])
+def test_positions_without_labels(kind: str) -> None:
+    """Which positions count is not known."""
+    with pytest.raises(ValueError, match="batch 0: .*labels.*causal_lm"):
+        estimate_fisher(Tagger(), [torch.randint(ROWS, (2, TOKENS))], kind=kind)
+
+
+def test_exact_of_too_many() -> None:
+    model = nn.Linear(2, 500)
+    batch = (torch.randn(2, 10, 2), torch.zeros(2, 10, dtype=torch.long))
+    with pytest.raises(ValueError, match="batch 0: .*5000 backward passes.*10 positions of 500 classes.*'sampled'"):
+        estimate_fisher(model, [batch], kind="exact")
