@@ -3,8 +3,10 @@
 from importlib.metadata import version
 
 from ewc_fast.fisher import FisherDiagonal, FisherEstimator, FisherInfo, estimate_fisher
+from ewc_fast.forgetting import ForgettingProbe
 from ewc_fast.functional import ewc_loss, ewc_penalty
 from ewc_fast.loss import EWCLoss
+from ewc_fast.sequences import sample_sequences
 from ewc_fast.training import train
 
 __version__ = version("ewc-fast")
@@ -14,8 +16,10 @@ __all__ = [
     "FisherDiagonal",
     "FisherEstimator",
     "FisherInfo",
+    "ForgettingProbe",
     "estimate_fisher",
     "ewc_loss",
     "ewc_penalty",
+    "sample_sequences",
     "train",
 ]

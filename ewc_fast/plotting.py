@@ -1,4 +1,4 @@
-"""Pictures of forgetting. Each function takes plain data and returns a matplotlib ``Figure``; nothing is shown.
+"""Pictures of forgetting and of the Fisher. Each function returns a matplotlib ``Figure``; nothing is shown.
 
 Needs matplotlib (the extra ``demo``). No window system and no global state: ``figure.savefig("x.png")``.
 """
@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
-_COLOURS = ("#999999", "#e69f00", "#0072b2", "#009e73", "#cc79a7")  # Okabe & Ito's, which the colour-blind tell apart
+# Okabe & Ito's, which the colour-blind tell apart; grey first, and without the yellow.
+_COLOURS = ("#999999", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
 
 
 def accuracy_over_time(accuracy: Mapping[str, ArrayLike], epochs_per_task: int, caption: str = "") -> Figure:
@@ -65,7 +67,7 @@ def accuracy_over_lambda(
         baselines: By title: the mean accuracy of a method that has no lambda; a horizontal line.
         caption: A line below.
     """
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.8, 3.6), layout="constrained")
     axis = figure.subplots()
     colours = iter(_COLOURS)
     for title, value in (baselines or {}).items():
@@ -76,7 +78,7 @@ def accuracy_over_lambda(
     axis.set_xscale("log")
     axis.set_xlabel("lambda")
     axis.set_ylabel("mean accuracy at the end")
-    axis.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, loc="outside right center")
     axis.spines[["top", "right"]].set_visible(False)
     return _with_caption(figure, caption)
 
@@ -109,6 +111,77 @@ def predicted_against_true(rises: Mapping[str, tuple[ArrayLike, ArrayLike]], cap
     axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     return _with_caption(figure, caption)
+
+
+def plot_fisher(fisher: Mapping[str, Tensor], caption: str = "", max_layers: int = 40) -> Figure:
+    """Where the Fisher is, and how its entries are spread.
+
+    Left, each layer's share of the trace, in the model's order; a layer is the module that holds the parameters: weight
+    and bias are one bar. Right, the histogram of log10 of the entries; zeros have no place there and are counted in the
+    title.
+
+    Args:
+        fisher: By parameter name, entries at least 0: what ``estimate_fisher`` returns, or ``ewc.fisher``. Any shapes,
+            floating dtypes and devices; one tensor at a time is copied.
+        caption: A line below.
+        max_layers: If there are more, the bars are those with the largest shares, and one for the others together.
+
+    Raises:
+        ValueError: Nothing to draw, an entry that is negative or not finite, ``max_layers`` below 1.
+    """
+    if max_layers < 1:
+        raise ValueError(f"max_layers must be at least 1, got {max_layers}")
+    num_entries = sum(t.numel() for t in fisher.values())
+    if not num_entries:
+        raise ValueError("fisher has no entries: nothing to draw")
+    masses: dict[str, float] = {}
+    low, high = np.inf, -np.inf
+    for name, t in fisher.items():
+        entries = _entries(t)
+        if not np.isfinite(entries).all() or (entries < 0).any():
+            raise ValueError(f"fisher[{name!r}] has entries that are negative or not finite: it is no Fisher diagonal")
+        layer = name.rpartition(".")[0] or name
+        masses[layer] = masses.get(layer, 0.0) + float(entries.sum())
+        positive = entries[entries > 0]
+        if positive.size:
+            low, high = min(low, positive.min()), max(high, positive.max())
+    edges = np.linspace(np.log10(low), np.log10(high) + 1e-9, 61) if high > 0 else np.linspace(-1.0, 0.0, 61)
+    counts = np.zeros(60)
+    for t in fisher.values():
+        entries = _entries(t)
+        # Rounding may put the smallest and the largest a hair outside.
+        logs = np.log10(entries[entries > 0]).clip(edges[0], edges[-1])
+        counts += np.histogram(logs, edges)[0]
+    zeros = num_entries - int(counts.sum())
+
+    trace = sum(masses.values())
+    layers = list(masses)
+    if len(layers) > max_layers:
+        largest = set(sorted(layers, key=masses.__getitem__)[-max_layers:])
+        rest = sum(masses[layer] for layer in layers if layer not in largest)
+        layers = [layer for layer in layers if layer in largest]
+        others = f"{len(masses) - max_layers} others"
+        masses[others] = rest
+        layers.append(others)
+    shares = [masses[layer] / trace if trace else 0.0 for layer in layers]
+    figure = Figure(figsize=(9.0, max(3.2, 1.2 + 0.2 * len(layers))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.barh(range(len(layers)), shares, color=_COLOURS[2])
+    left.set_yticks(range(len(layers)), layers, fontsize=7)
+    left.invert_yaxis()
+    left.set_xlabel("share of the trace")
+    left.set_title(f"trace {trace:.3g} over {num_entries:,} entries", fontsize=10)
+    right.stairs(counts, edges, fill=True, color=_COLOURS[2])
+    right.set_xlabel("log10 of the entry")
+    right.set_ylabel("entries")
+    right.set_title(f"{zeros:,} entries are 0 ({zeros / num_entries:.1%})", fontsize=10)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    return _with_caption(figure, caption)
+
+
+def _entries(t: Tensor) -> NDArray[np.float64]:
+    return np.asarray(t.detach().double().cpu().numpy(), dtype=np.float64).ravel()
 
 
 def _shade(index: int, count: int) -> tuple[float, float, float]:

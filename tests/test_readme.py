@@ -1,4 +1,4 @@
-"""What the README shows works."""
+"""What the README and the documents show works."""
 
 from __future__ import annotations
 
@@ -13,26 +13,33 @@ from ewc_fast import EWCLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+DOCUMENTS = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+SNIPPETS = {
+    f"{name}, snippet {i}": snippet
+    for name, text in DOCUMENTS.items()
+    for i, snippet in enumerate(re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL))
+}
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == README.count("```python") >= 3
+    assert len(SNIPPETS) == sum(text.count("```python") for text in DOCUMENTS.values()) >= 3
 
 
-@pytest.mark.parametrize("index", range(len(SNIPPETS)))
-def test_snippets_run(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippets_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    exec(compile(SNIPPETS[index], f"README.md, snippet {index}", "exec"), namespace)
+    exec(compile(SNIPPETS[name], name, "exec"), namespace)
     ewc = namespace.get("ewc")
     if isinstance(ewc, EWCLoss):  # it acted
         assert ewc.num_tasks > 0 and ewc.ewc_lambda > 0
 
 
 def test_links_and_commands_exist() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for name, text in DOCUMENTS.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (folder / target).exists(), f"{target} in {name}"
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"^make ([a-z-]+)", README, flags=re.MULTILINE)) <= targets
 
