@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ewc_fast.fisher.rules import Broadcast, Convolution, Product, Rows, Rule, add_squares_
+from ewc_fast.ops.fisher import fisher_accumulate_
 
 UNCOVERED = "uncovered"
 # Where the samples lie: in dimension 0 or 1, or in blocks or steps of a flattened dimension 0.
@@ -237,8 +238,10 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        ctx.take(ctx.saved_tensors, g)
-        return (g, *[None] * (2 + len(ctx.saved_tensors)))
+        saved = ctx.saved_tensors  # once: a checkpoint runs the model again here, in sight
+        with torch._C.DisableTorchFunction():
+            ctx.take(saved, g)
+        return (g, *[None] * (2 + len(saved)))
 
 
 class Capture(TorchFunctionMode):
@@ -261,11 +264,13 @@ class Capture(TorchFunctionMode):
         self._lengths: set[int] = set()
         self._count: dict[str, int] = {}
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
-        self._backward = False
+        self._separable: dict[str, tuple[Product, Tensor, Tensor]] = {}
+        self._backward = self._again = False
         self._moved = False
         self.verified: set[str] = set()
         self.factors: Tensor | None = None  # looking: of each sample's cotangent, against the backward before
         self.candidates: dict[str, set[str]] = {}
+        self._earlier: dict[tuple[str, ...], list[Tensor]] = {}
         self._anchor = torch.zeros((), requires_grad=True)
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -355,11 +360,9 @@ class Capture(TorchFunctionMode):
         index = iter(range(len(kept)))
         where = [None if x is None else next(index) for x in saved]
 
-        earlier: list[Tensor] = []
-
         def take(tensors: Any, g: Tensor) -> None:
             if self._looking:
-                self._compare([name for name, _, _ in mine], layouts, g, earlier)
+                self._compare(tuple(name for name, _, _ in mine), layouts, g)
                 return
             for (name, rule, _), i in zip(mine, where, strict=True):
                 self._take(name, rule, g if i is None else tensors[i], g)
@@ -391,12 +394,15 @@ class Capture(TorchFunctionMode):
             return t.reshape(-1, self._size, *t.shape[1:]).transpose(0, 1)
         return t
 
-    def _compare(self, names: list[str], layouts: set[str], g: Tensor, earlier: list[Tensor]) -> None:
+    def _compare(self, names: tuple[str, ...], layouts: set[str], g: Tensor) -> None:
         """A gradient is linear in the cotangents: where a sample lies, it is multiplied by that sample's factor."""
+        earlier = self._earlier.setdefault(names, [])  # in the order of the backward, the same in both
         if self.factors is None:
             earlier.append(g)
             return
-        before = earlier.pop()
+        if not earlier:
+            raise StatusChanged
+        before = earlier.pop(0)
         if not before.any():
             return
         fits = set()
@@ -414,12 +420,25 @@ class Capture(TorchFunctionMode):
         x, g = self._by_sample(x, layout), self._by_sample(g, layout)
         total = self._sums[name]
         if self._count[name] == 1:
-            rule.add_squares_(total, x, g)
+            if isinstance(rule, Product) and (self._again or name in self._separable) and rule.separable(g):
+                self._add_separable(name, rule, x, g.reshape(len(g), -1).to(total.dtype))
+            else:
+                rule.add_squares_(total, x, g)
             return
         waiting = self._waiting.setdefault(name, [])
         waiting.append((rule, x, g))
         if len(waiting) == self._count[name]:
             self._add_waiting(name)
+
+    def _add_separable(self, name: str, rule: Product, x: Tensor, g: Tensor) -> None:
+        """Several cotangents: the squares of their gradients g are summed before the product with those of x."""
+        if name not in self._separable:
+            self._separable[name] = (rule, x, g.square())
+        else:
+            fisher_accumulate_([self._separable[name][2]], [g])
+        if not self._again:
+            rule, x, squares = self._separable.pop(name)
+            rule.add_separable_(self._sums[name], x, squares)
 
     def _add_waiting(self, name: str) -> None:
         """Several uses: their gradients are summed, sample by sample, before they are squared."""
@@ -432,10 +451,11 @@ class Capture(TorchFunctionMode):
             add_squares_(self._sums[name], one[None])
 
     def backward(self, z: Tensor, cotangent: Tensor, *, again: bool) -> None:
-        """Runs one backward from the output, with everything that it leads to."""
-        self._backward = True
+        """Runs one backward from the output, with everything that it leads to; ``again``: another one follows."""
+        self._backward, self._again = True, again
         if z.requires_grad:
-            torch.autograd.backward(z, cotangent.to(z.dtype), retain_graph=again)
+            with self:  # also for what checkpoints run again; torch.autograd.backward itself would be out of it
+                _body(torch.autograd.backward)(z, cotangent.to(z.dtype), retain_graph=again)
         for name in list(self._waiting):
             self._add_waiting(name)
 

@@ -273,8 +273,9 @@ class FisherEstimator:
         leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
         capture = Capture(leaves, self._sums, self._status, few, looking=True)
         try:
-            with self._swapped(leaves), capture:
-                z = self._output(part)
+            with self._swapped(leaves):
+                with capture:
+                    z = self._output(part)
                 noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z.device, z.dtype)
                 capture.backward(z, noise, again=True)
                 factors = 2.0 ** torch.arange(few, device=z.device)
@@ -304,22 +305,21 @@ class FisherEstimator:
         leaves = {name: self._params[name].detach().requires_grad_() for name in covered}
         rest = {name: p.detach() for name, p in self._params.items() if name not in leaves}
         capture = Capture(leaves, self._sums, self._status, size, looking=False)
-        with capture:
-            z = self._run(leaves, batch)
-        target = self._target(z, batch)
-        self._methods.add("hooks" if covered else "vmap")
-        for cotangent, more in self._cotangents(z, target):
-            if covered:
-                with self._swapped(leaves), capture:
+        with self._swapped(leaves):
+            with capture:
+                z = self._output(batch)
+            target = self._target(z, batch)
+            self._methods.add("hooks" if covered else "vmap")
+            for cotangent, more in self._cotangents(z, target):
+                if covered:
                     capture.backward(z, cotangent, again=more)
-                for name, leaf in leaves.items():
-                    if leaf.grad is not None:
-                        raise RuntimeError(
-                            f"{name} is used in a way that the first batches did not show: give the model batches of "
-                            "one sample"
-                        )
-            if rest:
-                self._add_rest(rest, batch, size, cotangent)
+                if rest:
+                    self._add_rest(rest, batch, size, cotangent)
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                raise RuntimeError(
+                    f"{name} is used in a way that the first batches did not show: give the model batches of one sample"
+                )
         return target.terms
 
     def _add_rest(self, weights: dict[str, Tensor], batch: Any, size: int, cotangent: Tensor) -> None:

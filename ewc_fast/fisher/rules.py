@@ -15,6 +15,9 @@ from ewc_fast.ops.fisher import fisher_accumulate_
 # Per-sample gradients held at once: on the CPU they should still be in the cache when they are squared.
 _BLOCK_BYTES = {"cpu": 2 << 20}
 _BLOCK_BYTES_ELSEWHERE = 256 << 20
+# Elements. Below, BLAS libraries add each product to what they are given, which in fp32 loses digits of a long sum; above,
+# they add the sum of the products.
+_SMALL = 1 << 16
 
 
 def block_bytes(device: torch.device) -> int:
@@ -68,11 +71,10 @@ class Product(Rule):
             total += left[0].t() @ right[0]
 
     def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
-        left, right = self._sides(x, g)
-        if left.shape[1] == 1:  # one vector per sample: the square of a product is the product of the squares
-            # Added as a sum: fp32 loses more where each product is added to the total.
-            total += left[:, 0].to(total.dtype).square().t() @ right[:, 0].to(total.dtype).square()
+        if self.separable(g):
+            self.add_separable_(total, x, g.reshape(len(g), -1).to(total.dtype).square())
             return
+        left, right = self._sides(x, g)
         rows = max(1, block_bytes(total.device) // (4 * total.shape[1]))
         step = max(1, rows // max(1, total.shape[0]))
         for start in range(0, len(g), step):
@@ -80,6 +82,19 @@ class Product(Rule):
             for row in range(0, total.shape[0], rows):
                 of_rows = left[part, :, row : row + rows].transpose(1, 2)
                 add_squares_(total[row : row + rows], torch.bmm(of_rows, right[part]))
+
+    def separable(self, g: Tensor) -> bool:
+        """Whether there is one vector per sample: the square of the product is the product of the squares."""
+        return g.numel() == len(g) * g.shape[-1]
+
+    def add_separable_(self, total: Tensor, x: Tensor, g_squared: Tensor) -> None:
+        """Adds the squares, from those of g, (N, out), which may have been summed over several cotangents."""
+        x_squared = x.to(g_squared.dtype).reshape(len(x), -1).square()
+        left, right = (g_squared, x_squared) if self.left_is_g else (x_squared, g_squared)
+        if total.numel() < _SMALL:
+            total += left.t() @ right
+        else:
+            total.addmm_(left.t(), right)
 
 
 @dataclass
@@ -142,23 +157,30 @@ class Convolution(Rule):
     groups: int = 1
 
     def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
+        places = g.shape[2:].numel()
+        windows = self._windows(x.to(g.dtype), g).reshape(len(g) * self.groups, -1, places)
+        g = g.reshape(len(g) * self.groups, -1, places)
+        return torch.bmm(g, windows.transpose(1, 2)).reshape(-1, *self.shape)
+
+    def _windows(self, x: Tensor, g: Tensor) -> Tensor:
+        """What each place of the output sees of the padded input, (N, channels * kernel, places)."""
         kernel, places = self.shape[2:], g.shape[2:]
-        d, n = len(kernel), len(g)
-        x = torch.nn.functional.pad(x.to(g.dtype), self.padding).contiguous()
+        if len(kernel) < 3:  # torch's own does it for two dimensions, twice as fast
+            flat = len(kernel) == 1
+            x = torch.nn.functional.pad(x[:, :, None] if flat else x, self.padding)
+            size, dilation, stride = (((1, *k) if flat else k) for k in (kernel, self.dilation, self.stride))
+            return torch.nn.functional.unfold(x, size, dilation, 0, stride)
+        x = torch.nn.functional.pad(x, self.padding).contiguous()
         steps = x.stride()[2:]
         windows = x.as_strided(
-            (n, x.shape[1], *places, *kernel),
+            (*x.shape[:2], *kernel, *places),
             (
                 *x.stride()[:2],
-                *(s * by for s, by in zip(steps, self.stride, strict=True)),
                 *(s * by for s, by in zip(steps, self.dilation, strict=True)),
+                *(s * by for s, by in zip(steps, self.stride, strict=True)),
             ),
         )
-        order = (0, *range(2, 2 + d), 1, *range(2 + d, 2 + 2 * d))  # (N, places, channels, kernel)
-        windows = windows.permute(order).reshape(n, places.numel(), self.groups, -1)
-        windows = windows.transpose(1, 2).reshape(n * self.groups, places.numel(), -1)
-        g = g.reshape(n * self.groups, self.shape[0] // self.groups, places.numel())
-        return torch.bmm(g, windows).reshape(n, *self.shape)
+        return windows.reshape(len(x), -1, places.numel())
 
     def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
         windows = 4 * x.shape[1] * g.shape[2:].numel() * self.shape[2:].numel()
