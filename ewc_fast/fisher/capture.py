@@ -208,7 +208,7 @@ def _expand(is_p: Any, p: Any, input: Tensor, *sizes: Any) -> Any:
 _without_override: dict[Any, Any] = {}
 
 
-def _body(function: types.FunctionType) -> Any:
+def _body(function: Any) -> Any:
     """A copy of one of torch's Python functions that runs its body instead of asking the mode again."""
     if function not in _without_override:
         names = dict(function.__globals__)

@@ -86,6 +86,7 @@ class FisherEstimator:
         self._vectorised = True
         self._methods: set[str] = set()
         self.num_samples = self.num_terms = self._largest = self._batches = 0
+        self._checked = 0  # batches after which all sums were finite
 
     def _allocate(self, out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         sums = {}
@@ -155,7 +156,8 @@ class FisherEstimator:
             self._methods.add("batch" if self.kind == "batch" else "hooks")
         else:
             terms = self._add_per_sample(batch, size)
-        self._check_squares()
+        if not (self._batches + 1) & self._batches:  # 1, 2, 4, 8, ...: each reads as much as the Fisher is large
+            self._check_squares(self._batches + 1)
         self.num_samples += size
         self.num_terms += terms
         self._largest = max(self._largest, size)
@@ -347,13 +349,17 @@ class FisherEstimator:
         sums = {name: self._sums[name] for name in weights}
         add_in_loop(self._swapped, self._output, self._params, sums, batch, size, cotangent)
 
-    def _check_squares(self) -> None:
+    def _check_squares(self, batches: int) -> None:
+        if self._checked == batches:
+            return
         # Sums of squares: the largest is infinite or NaN where any is. A third of isfinite's time.
         largest = {name: total.amax() for name, total in self._sums.items() if total.numel()}
         values = torch.stack([value.to(self._device, torch.float64) for value in largest.values()]).tolist()
+        since = f" (it was after batch {self._checked - 1})" if self._checked else ""
         for name, value in zip(largest, values, strict=True):
             if not math.isfinite(value):
-                raise ValueError(f"the squared gradient of parameter {name!r} is not finite")
+                raise ValueError(f"the squared gradient of parameter {name!r} is not finite{since}")
+        self._checked = batches
 
     # ---- results ----
 
@@ -381,6 +387,7 @@ class FisherEstimator:
             raise ValueError("the loader is empty: a Fisher estimate needs at least one sample")
         if not self.num_terms:
             raise ValueError("no label counts: all are the ignored index, or padding")
+        self._check_squares(self._batches)
         with torch.inference_mode(False):
             return FisherDiagonal({name: total / self.num_terms for name, total in self._sums.items()}, self.info)
 
@@ -416,6 +423,7 @@ class FisherEstimator:
             total.copy_(state["sums"][name])
         self._objective.unit = state["unit"]
         self.num_samples, self.num_terms, self._largest, self._batches = state["counts"]
+        self._checked = 0
         self._methods = set(state["methods"])
         self._status, self._looks = {}, {}
         if self._generator is not None:

@@ -76,14 +76,18 @@ class Objective:
 
     def __init__(self, kind: str, transform: Transform | None, draws: int) -> None:
         self.kind, self.transform, self.draws = kind, transform, draws
+        self._changes_inputs = True  # until a call has shown that the model does not
 
     def output(self, model: nn.Module, batch: Any) -> Tensor:
         """The logits of a batch, (N, ...), with a graph."""
         args, kwargs, labels = take_apart(batch)
         if isinstance(batch, Mapping) and labels is not None and self._makes_decoder_inputs(model, kwargs):
             kwargs = {**kwargs, "labels": labels}
-        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)  # a model may change them in place
+        args = tuple(
+            a.clone() if isinstance(a, Tensor) and (self._changes_inputs or a.is_inference()) else a for a in args
+        )
         z = logits_of(model(*args, **kwargs))
+        self._changes_inputs = self._changes_inputs and any(isinstance(a, Tensor) and a._version for a in args)
         z = z if self.transform is None else self.transform(z)
         return -z if self.kind == "reversed" else z
 
@@ -173,49 +177,64 @@ class CrossEntropy(Objective):
             raise ValueError(f"labels must have shape {kind} = {shape}, got {tuple(labels.shape)}{hint}")
         labels = labels.to(z.device).long()
         counted = labels != self.ignore_index
-        classes = labels[counted]
-        wrong = classes[(classes < 0) | (classes >= z.shape[-1])]
-        if wrong.numel():
-            raise ValueError(f"label {wrong[0].item()} is out of range: the model's logits have {z.shape[-1]} classes")
-        return Target(labels, counted, int(counted.sum()))
+        terms = int(counted.sum())
+        classes = labels if terms == labels.numel() else labels[counted]
+        if terms:
+            for extreme in torch.stack(classes.aminmax()).tolist():
+                if not 0 <= extreme < z.shape[-1]:
+                    raise ValueError(f"label {extreme} is out of range: the model's logits have {z.shape[-1]} classes")
+        return Target(labels, None if classes is labels else counted, terms)
 
     def finite(self, z: Tensor, target: Target) -> bool:
         # A logit of -inf is a class that cannot be: allowed, unless it is the label's.
-        if target.counted is None or target.labels is None:
-            return bool(_wide(z).softmax(-1).isfinite().all())
-        if self.kind not in _GIVEN:
-            return bool(_wide(z[target.counted]).softmax(-1).isfinite().all())
-        scores = _wide(z[target.counted])
-        chosen = scores.gather(-1, target.labels[target.counted][:, None])[:, 0]
-        return bool((chosen - scores.logsumexp(-1)).isfinite().all())
+        largest = z.amax(-1)  # NaN where any is
+        if target.counted is not None:
+            largest = largest[target.counted]
+        if not largest.isfinite().all():
+            return False
+        if self.kind not in _GIVEN or target.labels is None:
+            return True
+        labels = target.labels if target.counted is None else target.labels.where(target.counted, 0)
+        chosen = z.gather(-1, labels[..., None])[..., 0].isfinite()
+        return bool((chosen if target.counted is None else chosen[target.counted]).all())
 
     def cotangents(self, z: Tensor, target: Target, generator: torch.Generator | None) -> Iterator[Tensor]:
         z = _wide(z.detach())
-        every = z.new_ones(z.shape[:-1], dtype=torch.bool) if target.counted is None else target.counted
-        probs = z[every].softmax(-1)  # (terms, C)
+        every = target.counted
+        probs = (z if every is None else z[every]).softmax(-1)  # (..., C), or (terms, C)
         if self.kind == "exact":
             yield from self._exact(z, every, probs)
             return
-        for _ in range(self.draws if self.kind == "sampled" else 1):
-            cotangent = torch.zeros_like(z)
+        draws = self.draws if self.kind == "sampled" else 1
+        for draw in range(draws):
             if self.kind == "sampled":
-                classes = _draw_on(probs, generator, lambda p: torch.multinomial(p, 1, generator=generator)[:, 0])
+                rows = probs.reshape(-1, z.shape[-1])
+                classes = _draw_on(rows, generator, lambda p: torch.multinomial(p, 1, generator=generator)[:, 0])
+                classes = classes.reshape(probs.shape[:-1])
             elif self.kind == "predicted":
                 classes = probs.argmax(-1)
             else:
                 assert target.labels is not None
-                classes = target.labels[every]
-            row = residual(probs, classes)
-            if self.smoothing:
-                row = (1 - self.smoothing) * row + self.smoothing * (1 / z.shape[-1] - probs)
-            cotangent[every] = row / self.draws**0.5 if self.kind == "sampled" else row
-            yield cotangent
+                classes = target.labels if every is None else target.labels[every]
+            smoothed = self.smoothing * (1 / z.shape[-1] - probs) if self.smoothing else None
+            # With a large vocabulary these are the largest tensors of all: the last takes the probabilities' place.
+            row = residual_(probs if draw == draws - 1 else probs.clone(), classes)
+            if smoothed is not None:
+                row = row.mul_(1 - self.smoothing).add_(smoothed)
+            if draws > 1:
+                row /= draws**0.5
+            if every is None:
+                yield row
+            else:
+                yield torch.zeros_like(z).masked_scatter_(every[..., None], row)
 
-    def _exact(self, z: Tensor, every: Tensor, probs: Tensor) -> Iterator[Tensor]:
+    def _exact(self, z: Tensor, every: Tensor | None, probs: Tensor) -> Iterator[Tensor]:
         num_classes = z.shape[-1]
+        if every is None:
+            every = z.new_ones(z.shape[:-1], dtype=torch.bool)
         flat = every.reshape(len(z), -1)  # (N, positions)
         rows = torch.zeros_like(z).reshape(*flat.shape, num_classes)
-        rows[flat] = probs
+        rows[flat] = probs.reshape(-1, num_classes)
         used = flat.any(0).nonzero()[:, 0].tolist()
         check_backwards(len(used) * num_classes, f"{len(used)} positions of {num_classes} classes")
         for position in used:
@@ -223,15 +242,21 @@ class CrossEntropy(Objective):
             for c in range(num_classes):
                 cotangent = torch.zeros_like(rows)
                 classes = torch.full((len(z),), c, dtype=torch.long, device=z.device)
-                cotangent[:, position] = p[:, c : c + 1].sqrt() * residual(p, classes) * flat[:, position, None]
+                cotangent[:, position] = (
+                    p[:, c : c + 1].sqrt() * residual_(p.clone(), classes) * flat[:, position, None]
+                )
                 yield cotangent.reshape(z.shape)
 
 
-def residual(probs: Tensor, classes: Tensor) -> Tensor:
-    """``d log p(class) / d logits``: the chosen entry, 1 - p, is summed from the others, or it cancels."""
-    chosen = torch.nn.functional.one_hot(classes, probs.shape[-1]).bool()
-    others = probs.masked_fill(chosen, 0)
-    return torch.where(chosen, others.sum(-1, keepdim=True), -others)
+def residual_(probs: Tensor, classes: Tensor) -> Tensor:
+    """``d log p(class) / d logits`` in the probabilities' place.
+
+    The chosen entry, 1 - p, is summed from the others, or it cancels.
+    """
+    index = classes[..., None]
+    others = probs.scatter_(-1, index, 0)
+    rest = others.sum(-1, keepdim=True)
+    return others.neg_().scatter_(-1, index, rest)
 
 
 def check_backwards(count: int, what: str) -> None:

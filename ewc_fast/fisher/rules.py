@@ -15,8 +15,8 @@ from ewc_fast.ops.fisher import fisher_accumulate_
 # Per-sample gradients held at once: on the CPU they should still be in the cache when they are squared.
 _BLOCK_BYTES = {"cpu": 2 << 20}
 _BLOCK_BYTES_ELSEWHERE = 256 << 20
-# Elements. Below, BLAS libraries add each product to what they are given, which in fp32 loses digits of a long sum; above,
-# they add the sum of the products.
+# Elements. Below, BLAS libraries add each product to what they are given, which in fp32 loses digits of a long sum;
+# above, they add the sum of the products.
 _SMALL = 1 << 16
 
 

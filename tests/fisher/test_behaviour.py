@@ -319,6 +319,18 @@ def test_gradient_not_finite_names_the_parameter(kind: str) -> None:
         estimate_fisher(Root(), data, kind=kind)
 
 
+@pytest.mark.parametrize(("num_batches", "prefix"), [(3, ""), (4, "batch 3: ")])
+def test_square_not_finite_in_a_later_batch(num_batches: int, prefix: str) -> None:
+    """Sums are looked at after batches 1, 2, 4, 8, ... and at the end."""
+    model = nn.Linear(3, 2)
+    nn.init.zeros_(model.weight)
+    inputs = [torch.ones(2, 3)] * num_batches
+    inputs[2] = inputs[2] * 1e25
+    message = f"^{prefix}the squared gradient of parameter 'weight' is not finite \\(it was after batch 1\\)"
+    with pytest.raises(ValueError, match=message):
+        estimate_fisher(model, [(x, torch.tensor([0, 1])) for x in inputs], kind="empirical")
+
+
 def test_error_of_the_model_itself_is_raised() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         estimate_fisher(models.mlp(), [torch.zeros(2, 6)])
