@@ -28,10 +28,15 @@ def _plain(batch: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The same batch with its tensors detached and on ``device``."""
+    """The same batch with its tensors detached, on ``device`` and fit for a graph."""
+
+    def moved(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return t.detach().to(device, non_blocking=True, copy=t.is_inference())
+
     leaves, tree = tree_flatten(_plain(batch))
-    moved = [t.detach().to(device, non_blocking=True) if isinstance(t, Tensor) else t for t in leaves]
-    return tree_unflatten(moved, tree)
+    return tree_unflatten([moved(t) for t in leaves], tree)
 
 
 def batch_size(batch: Any) -> int:

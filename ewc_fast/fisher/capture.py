@@ -208,7 +208,7 @@ def _expand(is_p: Any, p: Any, input: Tensor, *sizes: Any) -> Any:
 _without_override: dict[Any, Any] = {}
 
 
-def _body(function: Any) -> Any:
+def _body(function: types.FunctionType) -> Any:
     """A copy of one of torch's Python functions that runs its body instead of asking the mode again."""
     if function not in _without_override:
         names = dict(function.__globals__)
@@ -324,18 +324,21 @@ class Capture(TorchFunctionMode):
             raise StatusChanged
 
     def _tapped(self, y: Tensor, uses: Mapping[str, Any]) -> Tensor | None:
+        if self._moved:
+            return None
         mine = []
         for t, rule, x in uses.values():
-            if t is not None and self._is_mine(t) and self.status.get(self._names[id(t)]) != UNCOVERED:
-                mine.append((self._names[id(t)], rule, x))
-        expanded = y.shape[0] == 1 and self._size > 1 and all(isinstance(rule, Rows) for _, rule, _ in mine)
-        if expanded:  # shared by all samples: each gets its own
+            name = self._names.get(id(t))
+            if name is not None and self.status.get(name) != UNCOVERED:
+                mine.append((name, rule, x))
+        if y.shape[0] == 1 and self._size > 1 and all(isinstance(rule, Rows) for _, rule, _ in mine):
+            # Shared by all samples: each gets its own.
             y = y.expand(self._size, *y.shape[1:]).contiguous()
             mine = [(name, rule, x.expand(self._size, *x.shape[1:])) for name, rule, x in mine]
-        layouts = self._layouts(y, mine)
-        if not layouts or self._moved:
-            return None
+        rules = [rule for _, rule, _ in mine]
+        layouts = set()
         if self._looking:
+            layouts = {layout for layout in LAYOUTS if self._may_be(layout, y, rules)}
             for name, _, _ in mine:
                 self.candidates[name] = self.candidates.get(name, set(LAYOUTS)) & layouts
                 if not self.candidates[name]:
@@ -344,9 +347,9 @@ class Capture(TorchFunctionMode):
             for name, _, _ in mine:
                 if name not in self.status:
                     raise StatusChanged
-                if self.status[name] not in layouts:
+                if not self._may_be(self.status[name], y, rules):
                     return None
-        if y.dim() > 2 and not isinstance(mine[0][1], Convolution):
+        if y.dim() > 2 and not isinstance(rules[0], Convolution):
             self._lengths.update(y.shape[:-1])
         for name, _, _ in mine:
             if not self._backward:  # also without a graph: reentrant checkpoints make theirs in the backward
@@ -369,21 +372,21 @@ class Capture(TorchFunctionMode):
 
         return _Tap.apply(y, self._anchor, take, *kept)
 
-    def _layouts(self, y: Tensor, mine: list[Any]) -> set[str]:
-        n, found = self._size, set()
-        if y.shape[0] == n:
-            found.add("rows")
-        plain = all(isinstance(rule, (Product, Rows)) or
-                    (isinstance(rule, Broadcast) and not rule.channels and len(rule.shape) <= y.dim() - 2)
-                    for _, rule, _ in mine)  # fmt: skip
-        if plain and y.dim() > 2 and y.shape[1] == n:
-            found.add("columns")
-        products = all(isinstance(rule, Product) or (isinstance(rule, Broadcast) and len(rule.shape) == 1)
-                       for _, rule, _ in mine)  # fmt: skip
+    def _may_be(self, layout: str, y: Tensor, rules: list[Rule]) -> bool:
+        """Whether an operation's output may have its samples there."""
+        n = self._size
+        if layout == "rows":
+            return y.shape[0] == n
+        if layout == "columns":
+            return y.dim() > 2 and y.shape[1] == n and all(
+                isinstance(rule, (Product, Rows))
+                or (isinstance(rule, Broadcast) and not rule.channels and len(rule.shape) <= y.dim() - 2)
+                for rule in rules
+            )  # fmt: skip
         length = y.shape[0] // n
-        if products and y.dim() == 2 and y.shape[0] == length * n and length > 1 and length in self._lengths:
-            found |= {"blocks", "steps"}
-        return found
+        return y.dim() == 2 and y.shape[0] == length * n and length > 1 and length in self._lengths and all(
+            isinstance(rule, Product) or (isinstance(rule, Broadcast) and len(rule.shape) == 1) for rule in rules
+        )  # fmt: skip
 
     def _by_sample(self, t: Tensor, layout: str) -> Tensor:
         if layout == "columns":
@@ -421,7 +424,7 @@ class Capture(TorchFunctionMode):
         total = self._sums[name]
         if self._count[name] == 1:
             if isinstance(rule, Product) and (self._again or name in self._separable) and rule.separable(g):
-                self._add_separable(name, rule, x, g.reshape(len(g), -1).to(total.dtype))
+                self._add_separable(name, rule, x, g.reshape(-1, g.shape[-1]).to(total.dtype))
             else:
                 rule.add_squares_(total, x, g)
             return
@@ -454,8 +457,13 @@ class Capture(TorchFunctionMode):
         """Runs one backward from the output, with everything that it leads to; ``again``: another one follows."""
         self._backward, self._again = True, again
         if z.requires_grad:
-            with self:  # also for what checkpoints run again; torch.autograd.backward itself would be out of it
-                _body(torch.autograd.backward)(z, cotangent.to(z.dtype), retain_graph=again)
+            cotangents = (cotangent.to(z.dtype),)
+            with (
+                self
+            ):  # for what checkpoints run again; torch.autograd.backward() would be taken for an operation itself
+                torch.autograd.Variable._execution_engine.run_backward(
+                    (z,), cotangents, again, False, (), allow_unreachable=True, accumulate_grad=True
+                )
         for name in list(self._waiting):
             self._add_waiting(name)
 

@@ -18,8 +18,10 @@ def module_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """
     flags = [(module, module.training) for module in model.modules()]
     try:
-        model.train(training)
+        if any(flag != training for _, flag in flags):
+            model.train(training)
         yield
     finally:
         for module, flag in flags:
-            module.training = flag
+            if module.training != flag:
+                module.training = flag

@@ -83,11 +83,11 @@ class Objective:
         args, kwargs, labels = take_apart(batch)
         if isinstance(batch, Mapping) and labels is not None and self._makes_decoder_inputs(model, kwargs):
             kwargs = {**kwargs, "labels": labels}
-        args = tuple(
-            a.clone() if isinstance(a, Tensor) and (self._changes_inputs or a.is_inference()) else a for a in args
-        )
+        if self._changes_inputs:
+            args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
         z = logits_of(model(*args, **kwargs))
-        self._changes_inputs = self._changes_inputs and any(isinstance(a, Tensor) and a._version for a in args)
+        if self._changes_inputs:
+            self._changes_inputs = any(isinstance(a, Tensor) and a._version > 0 for a in args)
         z = z if self.transform is None else self.transform(z)
         return -z if self.kind == "reversed" else z
 
@@ -180,23 +180,18 @@ class CrossEntropy(Objective):
         terms = int(counted.sum())
         classes = labels if terms == labels.numel() else labels[counted]
         if terms:
-            for extreme in torch.stack(classes.aminmax()).tolist():
+            for extreme in map(int, classes.aminmax()):
                 if not 0 <= extreme < z.shape[-1]:
                     raise ValueError(f"label {extreme} is out of range: the model's logits have {z.shape[-1]} classes")
         return Target(labels, None if classes is labels else counted, terms)
 
     def finite(self, z: Tensor, target: Target) -> bool:
         # A logit of -inf is a class that cannot be: allowed, unless it is the label's.
-        largest = z.amax(-1)  # NaN where any is
-        if target.counted is not None:
-            largest = largest[target.counted]
-        if not largest.isfinite().all():
-            return False
-        if self.kind not in _GIVEN or target.labels is None:
-            return True
-        labels = target.labels if target.counted is None else target.labels.where(target.counted, 0)
-        chosen = z.gather(-1, labels[..., None])[..., 0].isfinite()
-        return bool((chosen if target.counted is None else chosen[target.counted]).all())
+        deciding = z.amax(-1)  # NaN where any is
+        if self.kind in _GIVEN and target.labels is not None:
+            labels = target.labels if target.counted is None else target.labels.where(target.counted, 0)
+            deciding = deciding + z.gather(-1, labels[..., None])[..., 0]
+        return bool((deciding if target.counted is None else deciding[target.counted]).isfinite().all())
 
     def cotangents(self, z: Tensor, target: Target, generator: torch.Generator | None) -> Iterator[Tensor]:
         z = _wide(z.detach())

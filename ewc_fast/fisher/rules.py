@@ -72,7 +72,7 @@ class Product(Rule):
 
     def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
         if self.separable(g):
-            self.add_separable_(total, x, g.reshape(len(g), -1).to(total.dtype).square())
+            self.add_separable_(total, x, g.reshape(-1, g.shape[-1]).to(total.dtype).square())
             return
         left, right = self._sides(x, g)
         rows = max(1, block_bytes(total.device) // (4 * total.shape[1]))
@@ -85,11 +85,11 @@ class Product(Rule):
 
     def separable(self, g: Tensor) -> bool:
         """Whether there is one vector per sample: the square of the product is the product of the squares."""
-        return g.numel() == len(g) * g.shape[-1]
+        return g.numel() == g.shape[0] * g.shape[-1]
 
     def add_separable_(self, total: Tensor, x: Tensor, g_squared: Tensor) -> None:
         """Adds the squares, from those of g, (N, out), which may have been summed over several cotangents."""
-        x_squared = x.to(g_squared.dtype).reshape(len(x), -1).square()
+        x_squared = x.to(g_squared.dtype).reshape(-1, x.shape[-1]).square()
         left, right = (g_squared, x_squared) if self.left_is_g else (x_squared, g_squared)
         if total.numel() < _SMALL:
             total += left.t() @ right
