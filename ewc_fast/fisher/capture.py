@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ewc_fast.fisher.rules import Broadcast, Convolution, Product, Rows, Rule, add_squares_
+from ewc_fast.fisher.rules import Broadcast, Convolution, Product, Rows, Rule, add_squares_, held_bytes
 from ewc_fast.ops.fisher import fisher_accumulate_
 
 UNCOVERED = "uncovered"
@@ -264,7 +264,8 @@ class Capture(TorchFunctionMode):
         self._lengths: set[int] = set()
         self._count: dict[str, int] = {}
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
-        self._separable: dict[str, tuple[Product, Tensor, Tensor]] = {}
+        self._held: dict[str, list[Tensor]] = {}
+        self._held_bytes = 0
         self._backward = self._again = False
         self._moved = False
         self.verified: set[str] = set()
@@ -363,12 +364,29 @@ class Capture(TorchFunctionMode):
         index = iter(range(len(kept)))
         where = [None if x is None else next(index) for x in saved]
 
+        vectors = y.dim() == 2 and all(
+            isinstance(rule, Product) or (isinstance(rule, Broadcast) and not rule.times_x) for rule in rules
+        )
+        squares: list[Tensor] = []  # of g, summed over the cotangents so far
+
         def take(tensors: Any, g: Tensor) -> None:
             if self._looking:
                 self._compare(tuple(name for name, _, _ in mine), layouts, g)
                 return
-            for (name, rule, _), i in zip(mine, where, strict=True):
-                self._take(name, rule, g if i is None else tensors[i], g)
+            xs = [g if i is None else tensors[i] for i in where]
+            if not (vectors and self._are_vectors([name for name, _, _ in mine])):
+                for (name, rule, _), x in zip(mine, xs, strict=True):
+                    self._take(name, rule, x, g)
+                return
+            wide = g.to(self._sums[mine[0][0]].dtype)
+            if squares:
+                fisher_accumulate_(squares, [wide])
+            else:
+                squares.append(wide.square())
+            if not self._again:
+                for (name, rule, _), x in zip(mine, xs, strict=True):
+                    rule.add_vectors_(self._sums[name], x, squares[0])
+                squares.clear()
 
         return _Tap.apply(y, self._anchor, take, *kept)
 
@@ -423,8 +441,8 @@ class Capture(TorchFunctionMode):
         x, g = self._by_sample(x, layout), self._by_sample(g, layout)
         total = self._sums[name]
         if self._count[name] == 1:
-            if isinstance(rule, Product) and (self._again or name in self._separable) and rule.separable(g):
-                self._add_separable(name, rule, x, g.reshape(-1, g.shape[-1]).to(total.dtype))
+            if isinstance(rule, Convolution) and (self._again or name in self._held):
+                self._hold(name, rule, x, g)
             else:
                 rule.add_squares_(total, x, g)
             return
@@ -433,15 +451,22 @@ class Capture(TorchFunctionMode):
         if len(waiting) == self._count[name]:
             self._add_waiting(name)
 
-    def _add_separable(self, name: str, rule: Product, x: Tensor, g: Tensor) -> None:
-        """Several cotangents: the squares of their gradients g are summed before the product with those of x."""
-        if name not in self._separable:
-            self._separable[name] = (rule, x, g.square())
-        else:
-            fisher_accumulate_([self._separable[name][2]], [g])
-        if not self._again:
-            rule, x, squares = self._separable.pop(name)
-            rule.add_separable_(self._sums[name], x, squares)
+    def _are_vectors(self, names: list[str]) -> bool:
+        """Whether parameters are used once, with one vector per sample, and summed in one dtype."""
+        return (
+            all(self._count[name] == 1 and self.status[name] == "rows" for name in names)
+            and len({self._sums[name].dtype for name in names}) == 1
+        )
+
+    def _hold(self, name: str, rule: Convolution, x: Tensor, g: Tensor) -> None:
+        """Several cotangents: as many of their g as memory allows are taken at once."""
+        held = self._held.setdefault(name, [])
+        held.append(g)
+        self._held_bytes += g.numel() * g.element_size()
+        if not self._again or self._held_bytes > held_bytes(g.device):
+            rule.add_many_(self._sums[name], x, held)
+            self._held_bytes -= sum(g.numel() * g.element_size() for g in held)
+            held.clear()
 
     def _add_waiting(self, name: str) -> None:
         """Several uses: their gradients are summed, sample by sample, before they are squared."""

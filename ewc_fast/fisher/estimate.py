@@ -122,7 +122,7 @@ def estimate_fisher(
             bar.update(estimator.num_samples - before)
             if estimator.num_samples == num_samples:
                 break
-    fisher = estimator.result()
+    fisher = estimator.result(final=True)
     if num_samples is not None and estimator.num_samples < num_samples:
         warnings.warn(
             f"num_samples is {num_samples}, but the loader has only {estimator.num_samples} samples: they were all "

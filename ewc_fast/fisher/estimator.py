@@ -135,6 +135,7 @@ class FisherEstimator:
         Raises:
             ValueError, TypeError: As there, with the batch's index. After an error the estimate is not to be used.
         """
+        self._check_open()
         fastpath = torch.backends.mha.get_fastpath_enabled()
         try:
             with module_mode(self._model, training=False), torch.inference_mode(False), torch.enable_grad():
@@ -377,22 +378,36 @@ class FisherEstimator:
             method,
         )
 
-    def result(self) -> FisherDiagonal:
-        """The estimate from the batches so far; more may follow.
+    def result(self, *, final: bool = False) -> FisherDiagonal:
+        """The estimate from the batches so far.
+
+        Args:
+            final: Make it in the memory of the sums (``out``, if that was given) instead of a copy. Nothing can be
+                added then, and there is no second result.
 
         Raises:
-            ValueError: There were no samples, or no term of them counted.
+            ValueError: There were no samples, or no term of them counted, or a square that is not finite.
+            RuntimeError: After the final one.
         """
+        self._check_open()
         if not self.num_samples:
             raise ValueError("the loader is empty: a Fisher estimate needs at least one sample")
         if not self.num_terms:
             raise ValueError("no label counts: all are the ignored index, or padding")
         self._check_squares(self._batches)
         with torch.inference_mode(False):
-            return FisherDiagonal({name: total / self.num_terms for name, total in self._sums.items()}, self.info)
+            if not final:
+                return FisherDiagonal({name: t / self.num_terms for name, t in self._sums.items()}, self.info)
+            sums, self._sums = self._sums, {}
+            return FisherDiagonal({name: t.div_(self.num_terms) for name, t in sums.items()}, self.info)
+
+    def _check_open(self) -> None:
+        if self._params and not self._sums:
+            raise RuntimeError("result(final=True) was the end of this estimate: make a new FisherEstimator")
 
     def state_dict(self) -> dict[str, Any]:
         """What an interrupted estimate needs to go on: sums, counts, the generator's state."""
+        self._check_open()
         return {
             "kind": self.kind,
             "loss": self._objective.name,
@@ -409,6 +424,7 @@ class FisherEstimator:
         Raises:
             ValueError: It is of another kind, loss or model; nothing has changed then.
         """
+        self._check_open()
         if not {"kind", "loss", "unit", "sums", "counts", "methods", "generator"} <= set(state):
             raise ValueError("this is no state of a FisherEstimator")
         for what, mine in (("kind", self.kind), ("loss", self._objective.name)):

@@ -15,6 +15,9 @@ from ewc_fast.ops.fisher import fisher_accumulate_
 # Per-sample gradients held at once: on the CPU they should still be in the cache when they are squared.
 _BLOCK_BYTES = {"cpu": 2 << 20}
 _BLOCK_BYTES_ELSEWHERE = 256 << 20
+# Gradients of several cotangents held at once, in all operations together.
+_HELD_BYTES = {"cpu": 64 << 20}
+_HELD_BYTES_ELSEWHERE = 512 << 20
 # Elements. Below, BLAS libraries add each product to what they are given, which in fp32 loses digits of a long sum;
 # above, they add the sum of the products.
 _SMALL = 1 << 16
@@ -23,6 +26,11 @@ _SMALL = 1 << 16
 def block_bytes(device: torch.device) -> int:
     """How many bytes of per-sample gradients to hold at once."""
     return _BLOCK_BYTES.get(device.type, _BLOCK_BYTES_ELSEWHERE)
+
+
+def held_bytes(device: torch.device) -> int:
+    """How many bytes of gradients of several cotangents to hold at once."""
+    return _HELD_BYTES.get(device.type, _HELD_BYTES_ELSEWHERE)
 
 
 def add_squares_(total: Tensor, gradients: Tensor) -> None:
@@ -46,6 +54,14 @@ class Rule:
         step = max(1, block_bytes(total.device) // max(1, 4 * total.numel()))
         for start in range(0, len(g), step):
             add_squares_(total, self.per_sample(x[start : start + step], g[start : start + step]))
+
+    def add_vectors_(self, total: Tensor, x: Tensor, g_squared: Tensor) -> None:
+        """Adds the squares where x and g are one vector per sample, given those of g.
+
+        The square of a product is the product of the squares. ``g_squared``, (N, out) in the dtype of ``total``, may be
+        the sum of those of several g for one x.
+        """
+        raise NotImplementedError
 
 
 @dataclass
@@ -71,9 +87,6 @@ class Product(Rule):
             total += left[0].t() @ right[0]
 
     def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
-        if self.separable(g):
-            self.add_separable_(total, x, g.reshape(-1, g.shape[-1]).to(total.dtype).square())
-            return
         left, right = self._sides(x, g)
         rows = max(1, block_bytes(total.device) // (4 * total.shape[1]))
         step = max(1, rows // max(1, total.shape[0]))
@@ -83,13 +96,8 @@ class Product(Rule):
                 of_rows = left[part, :, row : row + rows].transpose(1, 2)
                 add_squares_(total[row : row + rows], torch.bmm(of_rows, right[part]))
 
-    def separable(self, g: Tensor) -> bool:
-        """Whether there is one vector per sample: the square of the product is the product of the squares."""
-        return g.numel() == g.shape[0] * g.shape[-1]
-
-    def add_separable_(self, total: Tensor, x: Tensor, g_squared: Tensor) -> None:
-        """Adds the squares, from those of g, (N, out), which may have been summed over several cotangents."""
-        x_squared = x.to(g_squared.dtype).reshape(-1, x.shape[-1]).square()
+    def add_vectors_(self, total: Tensor, x: Tensor, g_squared: Tensor) -> None:
+        x_squared = x.to(g_squared.dtype).square()
         left, right = (g_squared, x_squared) if self.left_is_g else (x_squared, g_squared)
         if total.numel() < _SMALL:
             total += left.t() @ right
@@ -117,6 +125,9 @@ class Broadcast(Rule):
         if summed:
             t = t.sum(summed, keepdim=True)
         return t.reshape(len(g), *self.shape)
+
+    def add_vectors_(self, total: Tensor, x: Tensor, g_squared: Tensor) -> None:
+        total += g_squared.sum(0)
 
 
 @dataclass
@@ -157,10 +168,15 @@ class Convolution(Rule):
     groups: int = 1
 
     def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
-        places = g.shape[2:].numel()
-        windows = self._windows(x.to(g.dtype), g).reshape(len(g) * self.groups, -1, places)
-        g = g.reshape(len(g) * self.groups, -1, places)
-        return torch.bmm(g, windows.transpose(1, 2)).reshape(-1, *self.shape)
+        return self._of_many(x, [g])
+
+    def _of_many(self, x: Tensor, gs: list[Tensor]) -> Tensor:
+        """(N * len(gs), *parameter's shape): for each sample the gradients of all its g."""
+        n, many, groups, places = len(x), len(gs), self.groups, gs[0].shape[2:].numel()
+        windows = self._windows(x.to(gs[0].dtype), gs[0]).reshape(n * groups, -1, places)
+        g = torch.stack([g.reshape(n, groups, -1, places) for g in gs], 2)  # (N, groups, many, channels, places)
+        found = torch.bmm(g.reshape(n * groups, -1, places), windows.transpose(1, 2))
+        return found.reshape(n, groups, many, -1).transpose(1, 2).reshape(n * many, *self.shape)
 
     def _windows(self, x: Tensor, g: Tensor) -> Tensor:
         """What each place of the output sees of the padded input, (N, channels * kernel, places)."""
@@ -183,7 +199,13 @@ class Convolution(Rule):
         return windows.reshape(len(x), -1, places.numel())
 
     def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
+        self.add_many_(total, x, [g])
+
+    def add_many_(self, total: Tensor, x: Tensor, gs: list[Tensor]) -> None:
+        """Adds the squares of several g for one x, whose windows are copied once."""
+        g = gs[0]
         windows = 4 * x.shape[1] * g.shape[2:].numel() * self.shape[2:].numel()
-        step = max(1, 4 * block_bytes(total.device) // max(1, windows + 4 * total.numel()))
-        for start in range(0, len(g), step):
-            add_squares_(total, self.per_sample(x[start : start + step], g[start : start + step]))
+        step = max(1, block_bytes(total.device) // max(1, windows + 4 * len(gs) * (total.numel() + g[:1].numel())))
+        for start in range(0, len(x), step):
+            part = slice(start, start + step)
+            add_squares_(total, self._of_many(x[part], [g[part] for g in gs]))

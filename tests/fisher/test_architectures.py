@@ -158,6 +158,24 @@ def test_an_interrupted_estimate_goes_on_exactly(kind: str) -> None:
         FisherEstimator(model, "empirical").load_state_dict(first.state_dict())
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_final_result_is_in_the_memory_of_the_sums(given: bool) -> None:
+    model = nn.Linear(5, NUM_CLASSES)
+    data = [(torch.randn(4, 5), torch.randint(NUM_CLASSES, (4,))) for _ in range(3)]
+    out = {name: torch.full_like(p, 7.0, requires_grad=False) for name, p in model.named_parameters()}
+    estimator = FisherEstimator(model, "empirical", out=out if given else None)
+    for batch in data:
+        estimator.update(batch)
+    before = estimator.result()
+    after = estimator.result(final=True)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert before.info == after.info
+    assert all((after[name].data_ptr() == out[name].data_ptr()) is given for name in out)
+    for call in (lambda: estimator.update(data[0]), estimator.result, estimator.state_dict):
+        with pytest.raises(RuntimeError, match="was the end of this estimate"):
+            call()
+
+
 class Checkpointed(nn.Module):
     def __init__(self, use_reentrant: bool) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from ewc_fast.fisher import estimate_fisher
+from ewc_fast.fisher import estimate_fisher, rules
 from tests.fisher import brute_force, models
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
 
@@ -696,6 +696,15 @@ def test_empirical(name: str) -> None:
 def test_exact(name: str) -> None:
     """Several backward passes over one graph."""
     check(CASES[name], "exact", torch.float64)
+
+
+@pytest.mark.parametrize("limit", [0, 1000])
+def test_exact_with_little_memory(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of several classes held until so many bytes, per-sample ones in blocks of so many."""
+    monkeypatch.setitem(rules._HELD_BYTES, "cpu", limit)
+    monkeypatch.setitem(rules._BLOCK_BYTES, "cpu", limit)
+    for name in ("layer-conv2d_uneven", "layer-linear_wide", "model-in_place_conv_net"):
+        check(CASES[name], "exact", torch.float64)
 
 
 @pytest.mark.parametrize("kind", ["empirical", "exact"])
