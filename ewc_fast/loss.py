@@ -233,23 +233,42 @@ class EWCLoss:
                 raise ValueError(f"{name} is on the meta device and holds no numbers: materialise the model first")
         if anchor is not None:
             anchor = self._by_own_name("anchor", anchor, params, others | buffers)
-        if fisher is None:
-            assert loader is not None
-            fisher = estimate_fisher(self.model, loader, params=list(params.values()), **estimate)
-        info = getattr(fisher, "info", None)
         frozen = self._frozen()
         dropped = self._state.fisher.keys() - params.keys() - frozen.keys()
-        with torch.inference_mode(False):  # or what is made here could not be changed outside of it
-            self._state.consolidate(
-                params,
-                self._by_own_name("fisher", fisher, params, others),
-                {name: p.detach() for name, p in params.items()} if anchor is None else anchor,
-                frozen,
-            )
-            self._state.info = None if info is None else info.to_dict()
-            self._state_changed()
+        before = self._state.groups
+        try:
+            if fisher is None:
+                assert loader is not None
+                fisher = self._estimate(params, loader, estimate)
+            info = getattr(fisher, "info", None)
+            with torch.inference_mode(False):  # or what is made here could not be changed outside of it
+                self._state.consolidate(
+                    params,
+                    self._by_own_name("fisher", fisher, params, others),
+                    {name: p.detach() for name, p in params.items()} if anchor is None else anchor,
+                    frozen,
+                )
+                self._state.info = None if info is None else info.to_dict()
+                self._state_changed()
+        except BaseException:
+            if not self._state.num_tasks:  # laid out for the estimate
+                self._state.groups = before
+            raise
         for name in dropped:
             self._say_dropped(name)
+
+    def _estimate(self, params: Mapping[str, nn.Parameter], loader: Iterable[Any], estimate: dict[str, Any]) -> Any:
+        """The loader's Fisher, where it can be in its final place."""
+        chosen = list(params.values())
+        with torch.inference_mode(False):
+            place = self._state.lay_first(params)
+        if place is not None:
+            names = {id(p): name for name, p in params.items()}
+            theirs = select_parameters(self.model, chosen)[0]
+            return estimate_fisher(
+                self.model, loader, params=chosen, out={n: place[names[id(p)]] for n, p in theirs.items()}, **estimate
+            )
+        return estimate_fisher(self.model, loader, params=chosen, **estimate)
 
     def _by_own_name(
         self, what: str, given: Mapping[str, Tensor], params: Mapping[str, Tensor], ignored: frozenset[str]

@@ -188,6 +188,21 @@ class EWCState:
 
     # ---- merging ----
 
+    def lay_first(self, params: Mapping[str, Tensor]) -> SlotMapping | None:
+        """Before the first task: its Fisher's place, so that it can be estimated there, without a copy of it beside.
+
+        None if there have been tasks, or the state is kept in other dtypes than an estimate is made in. ``groups`` is
+        another list after it, to be put back if the task fails.
+        """
+        if self.num_tasks:
+            return None
+        if any(self.fisher_dtype not in (None, torch.promote_types(p.dtype, torch.float32)) for p in params.values()):
+            return None
+        if self.fisher_dtype is None and any(p.dtype == torch.bfloat16 for p in params.values()):
+            return None
+        self._relay(params, widen_anchor=False)
+        return self.fisher
+
     @torch.no_grad()
     def consolidate(
         self,
@@ -256,11 +271,12 @@ class EWCState:
 
     def _fold(self, g: GroupState, i: int, slot: Slot, new_fisher: Tensor, new_anchor: Tensor) -> None:
         f, a = slot.view(g.fisher), slot.view(g.anchor)
-        if self.mode == "online":
+        if self.mode == "online" and self.num_tasks:
             f.copy_(self.gamma * f.double() + new_fisher.to(f.device, torch.float64))  # may be f itself
             a.copy_(new_anchor)
-        elif self.mode == "latest" or self.num_tasks == 0:
-            f.copy_(new_fisher)
+        elif self.mode != "separate" or self.num_tasks == 0:
+            if f.data_ptr() != new_fisher.data_ptr():
+                f.copy_(new_fisher)
             a.copy_(new_anchor)
         else:
             fa, ta = f.double(), a.double()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ewc_fast.loss
-from ewc_fast import EWCLoss
+from ewc_fast import EWCLoss, estimate_fisher
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -835,3 +835,59 @@ def test_repr() -> None:
     assert repr(EWCLoss(make_model())) == (
         "EWCLoss(ewc_lambda=100.0, mode='separate', gamma=1.0, damping=0.0, num_tasks=0)"
     )
+
+
+def batches(count: int = 3) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(4, 2, 5, 5), torch.randint(7, (4,))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("mode", ["separate", "online", "latest"])
+@pytest.mark.parametrize("fisher_dtype", [None, torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_first_fisher_is_estimated_in_its_place(
+    mode: str,
+    fisher_dtype: torch.dtype | None,
+    dtype: torch.dtype,
+    channels_last: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a copy of it beside, where the state's dtype is that of an estimate; a later one is merged."""
+    model = make_model(dtype).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    tasks = [[(x.to(dtype), y) for x, y in batches()] for _ in range(2)]
+    wanted = [estimate_fisher(model, task, kind="empirical") for task in tasks]
+    places: list[dict[str, int] | None] = []
+
+    def spy(*args: object, out: dict[str, Tensor] | None = None, **kwargs: object) -> object:
+        places.append(None if out is None else {name: t.data_ptr() for name, t in out.items()})
+        return estimate_fisher(*args, out=out, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ewc_fast.loss, "estimate_fisher", spy)
+    ewc = EWCLoss(model, mode=mode, fisher_dtype=fisher_dtype)
+    ewc.consolidate(tasks[0], kind="empirical")
+    for name, f in ewc.fisher.items():
+        torch.testing.assert_close(f, wanted[0][name].to(f.dtype), rtol=1e-5, atol=1e-9)
+    kept = fisher_dtype or dtype
+    if kept == (torch.float64 if dtype == torch.float64 else torch.float32):
+        assert places[0] == {name: f.data_ptr() for name, f in ewc.fisher.items()}
+    else:
+        assert places[0] is None
+    ewc.consolidate(tasks[1], kind="empirical")
+    assert places[1] is None
+    for name, f in ewc.fisher.items():
+        both = wanted[1][name] if mode == "latest" else wanted[0][name] + wanted[1][name]
+        tolerance = 0.02 if kept == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(f.double(), both.double(), rtol=tolerance, atol=1e-9)
+
+
+def test_a_failed_first_consolidate_leaves_no_state() -> None:
+    model = make_model()
+    ewc = EWCLoss(model)
+    good, bad = batches(1), [(torch.full((4, 2, 5, 5), torch.nan), torch.randint(7, (4,)))]
+    with pytest.raises(ValueError, match="batch 1: the loss is not finite"):
+        ewc.consolidate(good + bad, kind="empirical")
+    with pytest.raises(ValueError, match="anchor"):
+        ewc.consolidate(good, kind="empirical", anchor={n: p.detach() / 0 for n, p in model.named_parameters()})
+    assert ewc.num_tasks == 0 and not ewc.fisher and not ewc.anchor and ewc().item() == 0.0
+    ewc.consolidate(good, kind="empirical")
+    assert ewc.num_tasks == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ def estimate_fisher(
     num_label_samples: int = 1,
     logits_transform: Callable[[Tensor], Tensor] | None = None,
     params: Any = None,
+    out: Mapping[str, Tensor] | None = None,
 ) -> FisherDiagonal:
     """Estimates the diagonal of the Fisher information of a model at its current weights.
 
@@ -75,6 +76,8 @@ def estimate_fisher(
         num_label_samples: Labels drawn for each term, kind ``"sampled"``.
         logits_transform: Applied to the model's logits first, and differentiated through.
         params: Names, shell patterns or parameters to estimate for; None for all that require grad.
+        out: Tensors by parameter name to make the estimate in, with any strides; of the dtypes below. After an error
+            they hold whatever was in the making.
 
     Returns:
         A read-only mapping from the model's own parameter names to tensors shaped like the parameter, on its device,
@@ -108,6 +111,7 @@ def estimate_fisher(
         num_label_samples=num_label_samples,
         logits_transform=logits_transform,
         params=params,
+        out=out,
     )
     device = next(model.parameters()).device
     with (
