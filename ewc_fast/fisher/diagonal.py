@@ -24,8 +24,8 @@ class FisherInfo:
         method: How the gradients were taken: ``"hooks"``, ``"vmap"`` or ``"loop"`` (all per sample, equal up to
             rounding; the slowest that a parameter needed), ``"batch"`` (one gradient per batch), ``"optimizer"``,
             ``"path"``, ``"constant"``; then what was done to it, e.g. ``"+clip"``.
-        is_fisher: False for other importances (constant ones, path integrals): a forgetting predicted from those has no
-            unit.
+        is_fisher: False for other importances (negated logits, constant ones, path integrals): a forgetting predicted
+            from those has no unit.
     """
 
     kind: str

@@ -376,6 +376,7 @@ class FisherEstimator:
             self.num_terms,
             self._largest,
             method,
+            is_fisher=self.kind != "reversed",
         )
 
     def result(self, *, final: bool = False) -> FisherDiagonal:

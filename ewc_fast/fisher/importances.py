@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ewc_fast.fisher.batches import batch_size, take, take_apart, to_device
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.fisher.modes import module_mode
+from ewc_fast.fisher.objectives import logits_of
 from ewc_fast.layout import trainable_parameters, wrapper_prefix
 
 PATH_KINDS = ("si", "rwalk")
@@ -414,7 +415,7 @@ def _per_sample_absolute(
         for i, row in zip(rows, sample, strict=True):
             filled[i] = row.unsqueeze(0).clone()  # a copy, because a model may change its inputs in place
         args, kwargs = tree_unflatten(filled, tree)
-        outputs = _outputs(functional_call(model, (weights, buffers), args, kwargs))
+        outputs = logits_of(functional_call(model, (weights, buffers), args, kwargs))
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and outputs.shape[:-1] == mask.shape:
@@ -453,17 +454,6 @@ def _per_sample_absolute(
                 stacklevel=3,
             )
     return vectorised
-
-
-def _outputs(returned: Any) -> Tensor:
-    """The tensor in what a model returned."""
-    outputs = returned.get("logits") if isinstance(returned, Mapping) else getattr(returned, "logits", returned)
-    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-        raise TypeError(
-            "model(inputs) must return floating point outputs as a tensor, or an object or dict with them under "
-            f"'logits', got {type(returned).__name__}; wrap the model in a module that returns only those"
-        )
-    return outputs
 
 
 def _ordered(hooks: Any) -> OrderedDict[int, Any]:

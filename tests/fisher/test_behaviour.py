@@ -302,6 +302,12 @@ def test_label_of_an_impossible_class(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_negated_logits_are_marked_as_no_fisher(kind: str) -> None:
+    info = estimate_fisher(nn.Linear(3, 2), [(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))], kind=kind).info
+    assert info is not None and info.is_fisher is (kind != "reversed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradient_not_finite_names_the_parameter(kind: str) -> None:
     """sqrt at 0: a finite loss with an infinite gradient."""
 
