@@ -1,4 +1,6 @@
-"""Writes what README.md and docs/performance.md say of the speed, between their markers, from a result of `bench`.
+"""Writes what README.md and the documents say of the speed, between their markers, from a result of `bench`.
+
+What docs/fisher.md says comes from fisher/results.json beside it.
 
 python benchmarks/readme.py benchmarks/results/NAME/results.json [--check]
 """
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ewc_fast.bench import report
+from ewc_fast.bench.fisher import report as fisher_report
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = "docs/performance.md"
@@ -30,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "README.md": report.readme_section(results, folder, DOCUMENT),
         DOCUMENT: report.performance_section(results),
     }
+    fisher = options.results.parent / "fisher" / "results.json"
+    if fisher.exists():
+        sections["docs/fisher.md"] = fisher_report.summary(fisher_report.read_json(fisher), f"../{folder}/fisher")
     for name, section in sections.items():
         path = options.root / name
         before = path.read_text()

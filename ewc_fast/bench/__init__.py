@@ -1,4 +1,5 @@
-"""``python -m ewc_fast bench``: what the penalty costs, beside everything one would otherwise write."""
+"""``python -m ewc_fast bench``: what the penalty costs, beside everything one would otherwise write; with ``--fisher``
+first, what a Fisher diagonal costs."""
 
 from __future__ import annotations
 
@@ -12,6 +13,10 @@ def main(argv: list[str]) -> int:
     Returns:
         The exit code.
     """
+    if argv[:1] == ["--fisher"]:
+        from ewc_fast.bench import fisher
+
+        return fisher.main(argv[1:])
     from ewc_fast.bench import app  # here, so that importing one of the parts does not load them all
 
     return app.main(argv)

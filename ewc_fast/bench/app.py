@@ -289,7 +289,8 @@ def _chosen_peers(options: argparse.Namespace) -> list[Peer]:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ewc-fast bench",
-        description="What EWC's penalty and its gradient cost per step, beside what one would otherwise write.",
+        description="What EWC's penalty and its gradient cost per step, beside what one would otherwise write. What a "
+        "Fisher diagonal costs: --fisher first (bench --fisher --help).",
         epilog=f"Workloads: {', '.join(WORKLOADS)}. Peers: {', '.join(peers.all_peers())}.",
     )
 
