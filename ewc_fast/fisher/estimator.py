@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module
 
 from ewc_fast.fisher.batches import batch_size, take, to_device
 from ewc_fast.fisher.capture import UNCOVERED, Capture, StatusChanged, Uses
@@ -78,6 +77,14 @@ class FisherEstimator:
         self._inner = {name: inner[id(p)] for name, p in selected.items()}
         self._params = dict(selected)
         self._others = {n: p.detach() for n, p in model.named_parameters() if n not in set(self._inner.values())}
+        names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self._places: list[tuple[dict[str, Any], str, str]] = [  # of each parameter and buffer, under all its names
+            (held, attribute, names[id(t)])
+            for module in model.modules()
+            for held in (module._parameters, module._buffers)
+            for attribute, t in held.items()
+            if t is not None
+        ]
         with torch.inference_mode(False):  # or what is made here could not be changed outside of it
             self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
             self._sums = self._allocate(out)
@@ -113,10 +120,17 @@ class FisherEstimator:
 
         Also around a backward: checkpoints run the model again there.
         """
-        swapped = {self._inner[name]: weights.get(name, p.detach()) for name, p in self._params.items()}
-        tensors = {**self._others, **self._buffers, **swapped}
-        with _reparametrize_module(self._model, tensors, tie_weights=True):
+        tensors = {**self._others, **self._buffers}
+        for name, p in self._params.items():
+            tensors[self._inner[name]] = weights[name] if name in weights else p.detach()
+        before = [(held, attribute, held[attribute]) for held, attribute, _ in self._places]
+        try:
+            for held, attribute, name in self._places:
+                held[attribute] = tensors[name]
             yield
+        finally:
+            for held, attribute, tensor in before:
+                held[attribute] = tensor
 
     def _output(self, batch: Any) -> Tensor:
         return self._objective.output(self._model, batch)
