@@ -229,7 +229,7 @@ class EWCState:
             ValueError: A shape does not fit or changed by more than added rows, a Fisher entry is negative, NaN or
                 infinite, or an anchor is not finite. Nothing has been written then.
         """
-        known = self.fisher  # once: it is made anew at every access
+        known = self.fisher if self.num_tasks else {}  # once: it is made anew at every access
         for name, p in params.items():
             if name in known:
                 protected_part(name, p, known[name].shape)
@@ -275,8 +275,10 @@ class EWCState:
             f.copy_(self.gamma * f.double() + new_fisher.to(f.device, torch.float64))  # may be f itself
             a.copy_(new_anchor)
         elif self.mode != "separate" or self.num_tasks == 0:
-            if f.data_ptr() != new_fisher.data_ptr():
+            if f.data_ptr() != new_fisher.data_ptr() or f.dtype != new_fisher.dtype:
                 f.copy_(new_fisher)
+            elif f.stride() != new_fisher.stride():  # a transposed view of itself
+                f.copy_(new_fisher.clone())
             a.copy_(new_anchor)
         else:
             fa, ta = f.double(), a.double()

@@ -891,3 +891,22 @@ def test_a_failed_first_consolidate_leaves_no_state() -> None:
     assert ewc.num_tasks == 0 and not ewc.fisher and not ewc.anchor and ewc().item() == 0.0
     ewc.consolidate(good, kind="empirical")
     assert ewc.num_tasks == 1
+
+
+def test_the_first_fisher_may_be_as_large_as_its_dtype_holds() -> None:
+    """It lies in the state while it is checked, and is not to be counted twice."""
+    model = nn.Linear(1, 1, bias=False)
+    x = torch.tensor([[1.6e19]])
+    nn.init.zeros_(model.weight)
+    ewc = EWCLoss(model)
+    ewc.consolidate([(x, torch.ones(1, 1))], kind="empirical", loss="gaussian")
+    assert ewc.fisher["weight"].item() == pytest.approx(2.56e38)
+
+
+def test_a_transposed_view_of_the_state_is_a_new_fisher() -> None:
+    model = nn.Linear(3, 3, bias=False)
+    fisher = torch.rand(3, 3)
+    ewc = EWCLoss(model, mode="latest")
+    ewc.consolidate(fisher={"weight": fisher})
+    ewc.consolidate(fisher={"weight": ewc.fisher["weight"].t()})
+    assert torch.equal(ewc.fisher["weight"], fisher.t())

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ewc_fast.fisher.rules import Broadcast, Convolution, Product, Rows, Rule, add_squares_, held_bytes
+from ewc_fast.fisher.rules import Broadcast, Convolution, Product, Rows, Rule, SharedRows, add_squares_, held_bytes
 from ewc_fast.ops.fisher import fisher_accumulate_
 
 UNCOVERED = "uncovered"
+SINGLE, SHARED = "one for each sample", "shared by all samples"
 # Where the samples lie: in dimension 0 or 1, or in blocks or steps of a flattened dimension 0.
 LAYOUTS = ("rows", "columns", "blocks", "steps")
 
@@ -109,7 +110,7 @@ for _name, _dims in (("conv1d", 1), ("conv2d", 2), ("conv3d", 3)):
     _makers[getattr(F, _name)] = _makers[getattr(torch, _name)]
 
 
-@_makes(F.embedding, torch.embedding)
+@_makes(F.embedding)
 def _embedding(
     is_p: Any,
     p: Any,
@@ -128,9 +129,12 @@ def _embedding(
     return F.embedding(input, p(weight), padding_idx), {"weight": (weight, Rows(weight.shape, padding_idx), input)}
 
 
-def _affine(normed: Tensor, weight: Any, bias: Any, channels: bool) -> dict[str, Any]:
+def _affine(
+    input: Tensor, normed: Callable[[Tensor], Tensor], weight: Any, bias: Any, channels: bool
+) -> dict[str, Any]:
+    """``normed`` gives the input of weight and bias again: keeping it would be a second copy of the activations."""
     return {
-        "weight": (weight, None if weight is None else Broadcast(weight.shape, True, channels), normed),
+        "weight": (weight, None if weight is None else Broadcast(weight.shape, True, channels, of=normed), input),
         "bias": (bias, None if bias is None else Broadcast(bias.shape, False, channels), None),
     }
 
@@ -140,16 +144,16 @@ def _layer_norm(is_p: Any, p: Any, input: Tensor, normalized_shape: Any, weight:
                 eps: float = 1e-5, *_: Any) -> Any:  # fmt: skip
     if is_p(input):
         return None
-    normed = F.layer_norm(input.detach(), normalized_shape, None, None, eps)
-    return F.layer_norm(input, normalized_shape, p(weight), p(bias), eps), _affine(normed, weight, bias, False)
+    y = F.layer_norm(input, normalized_shape, p(weight), p(bias), eps)
+    return y, _affine(input, lambda x: F.layer_norm(x, normalized_shape, None, None, eps), weight, bias, False)
 
 
 @_makes(F.rms_norm, torch.rms_norm)
 def _rms_norm(is_p: Any, p: Any, input: Tensor, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
     if is_p(input):
         return None
-    normed = F.rms_norm(input.detach(), normalized_shape, None, eps)
-    return F.rms_norm(input, normalized_shape, p(weight), eps), _affine(normed, weight, None, False)
+    y = F.rms_norm(input, normalized_shape, p(weight), eps)
+    return y, _affine(input, lambda x: F.rms_norm(x, normalized_shape, None, eps), weight, None, False)
 
 
 @_makes(F.group_norm)
@@ -157,8 +161,8 @@ def _group_norm(is_p: Any, p: Any, input: Tensor, num_groups: int, weight: Any =
                 eps: float = 1e-5) -> Any:  # fmt: skip
     if is_p(input):
         return None
-    normed = F.group_norm(input.detach(), num_groups, None, None, eps)
-    return F.group_norm(input, num_groups, p(weight), p(bias), eps), _affine(normed, weight, bias, True)
+    y = F.group_norm(input, num_groups, p(weight), p(bias), eps)
+    return y, _affine(input, lambda x: F.group_norm(x, num_groups, None, None, eps), weight, bias, True)
 
 
 @_makes(F.batch_norm)
@@ -166,12 +170,13 @@ def _batch_norm(is_p: Any, p: Any, input: Tensor, running_mean: Any, running_var
                 bias: Any = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Any:  # fmt: skip
     if is_p(input) or training or running_mean is None or input.dim() < 2:
         return None
-    normed = F.batch_norm(input.detach(), running_mean, running_var, None, None, False, momentum, eps)
     y = F.batch_norm(input, running_mean, running_var, p(weight), p(bias), False, momentum, eps)
-    return y, _affine(normed, weight, bias, True)
+    mean, variance = running_mean.clone(), running_var.clone()  # a later use may have others
+    normed = lambda x: F.batch_norm(x, mean, variance, None, None, False, momentum, eps)  # noqa: E731
+    return y, _affine(input, normed, weight, bias, True)
 
 
-def _elementwise(function: Any, times: bool) -> Maker:
+def _elementwise(function: Any, times: bool, minus: bool) -> Maker:
     def maker(is_p: Any, p: Any, input: Any, other: Any, **alpha: Any) -> Any:
         param, x = (input, other) if is_p(input) else (other, input)
         if alpha or not isinstance(x, Tensor) or is_p(x):
@@ -180,21 +185,18 @@ def _elementwise(function: Any, times: bool) -> Maker:
         if not fits or torch.broadcast_shapes(param.shape, x.shape) != x.shape:
             return None
         y = function(p(param) if param is input else input, p(param) if param is other else other)
-        return y, {"other": (param, Broadcast(param.shape, times), x if times else None)}
+        rule = Broadcast(param.shape, times, negative=minus and param is other)
+        return y, {"other": (param, rule, x if times else None)}
 
     return maker
 
 
-_times: bool
-_operation: Any
-for _operation, _times in (
-    *((f, True) for f in (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)),
-    *(
-        (f, False)
-        for f in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__sub__, torch.sub, Tensor.sub)
-    ),
-):
-    _makers[_operation] = _elementwise(_operation, _times)
+for _operation in (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__):
+    _makers[_operation] = _elementwise(_operation, times=True, minus=False)
+for _operation in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__):
+    _makers[_operation] = _elementwise(_operation, times=False, minus=False)
+for _operation in (torch.sub, Tensor.sub, Tensor.__sub__):
+    _makers[_operation] = _elementwise(_operation, times=False, minus=True)
 
 
 @_makes(Tensor.expand)
@@ -223,7 +225,38 @@ def _body(function: types.FunctionType) -> Any:
     return _without_override[function]
 
 
-_SELECTS = frozenset({Tensor.__getitem__, torch.index_select, Tensor.index_select})
+_MASKED = frozenset({torch.masked_select, Tensor.masked_select})
+_TAKES = frozenset({torch.take_along_dim, Tensor.take_along_dim})
+_ALONG = _TAKES | {
+    getattr(holder, name)
+    for name in ("index_select", "gather", "index_add", "index_copy", "scatter", "scatter_add")
+    for holder in (torch, Tensor)
+}
+_ALONG |= {getattr(Tensor, name) for name in ("index_add_", "index_copy_", "scatter_", "scatter_add_")}
+_INDEXED = frozenset(
+    {Tensor.__getitem__, Tensor.__setitem__, torch.index_put, Tensor.index_put, Tensor.index_put_, torch.index_put_}
+)
+_SELECTS = _MASKED | _ALONG | _INDEXED
+_JOINS = frozenset({torch.cat, torch.concat, torch.concatenate, torch.vstack, torch.row_stack, torch.hstack})
+
+
+def _first_tensor_index(index: Any) -> tuple[int, Tensor | None]:
+    """The first index that is a tensor or a list of numbers, and the dimension that it picks from."""
+    dim = 0
+    for part in index if isinstance(index, tuple) or _holds_tensors(index) else (index,):
+        if isinstance(part, Tensor) and part.dim():
+            return dim, part
+        if isinstance(part, list) or (hasattr(part, "__array__") and not isinstance(part, Tensor)):
+            return dim, torch.as_tensor(part)
+        if part is Ellipsis:
+            return -1, None  # what follows are the last dimensions
+        if part is not None and not isinstance(part, bool):
+            dim += 1
+    return -1, None
+
+
+def _holds_tensors(index: Any) -> bool:
+    return isinstance(index, list) and any(isinstance(part, (Tensor, slice)) or part is None for part in index)
 
 
 class _Tap(torch.autograd.Function):
@@ -251,19 +284,28 @@ class Capture(TorchFunctionMode):
         leaves: The parameters by name, as the model holds them meanwhile.
         sums: Where the squares go, by name.
         status: What is known of each parameter: a layout, or ``UNCOVERED``; changed.
+        embedded: Of embeddings of a list of numbers, whether those were one for each sample or shared by all; changed.
         size: Samples in the batch.
         looking: Find out the status instead of adding squares.
     """
 
     def __init__(
-        self, leaves: Mapping[str, Tensor], sums: Mapping[str, Tensor], status: dict[str, str], size: int, looking: bool
+        self,
+        leaves: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor],
+        status: dict[str, str],
+        embedded: dict[str, str],
+        size: int,
+        looking: bool,
     ) -> None:
         super().__init__()
         self._names = {id(t): name for name, t in leaves.items()}
-        self._sums, self.status, self._size, self._looking = sums, status, size, looking
+        self._sums, self.status, self._embedded, self._size, self._looking = sums, status, embedded, size, looking
         self._lengths: set[int] = set()
         self._count: dict[str, int] = {}
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
+        self._shared: dict[int, tuple[Tensor, Rows, Tensor]] = {}
+        self._squares: dict[tuple[str, ...], Tensor] = {}
         self._held: dict[str, list[Tensor]] = {}
         self._held_bytes = 0
         self._backward = self._again = False
@@ -278,19 +320,26 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         found = self._found(args, kwargs)
         if not found:
-            if func in _SELECTS and self._moves_samples(*args):
-                self._moved = True
+            if func in _SELECTS and not self._moved:
+                self._moved = self._moves_samples(func, args, kwargs)
+            elif func in _JOINS and not self._moved:
+                self._moved = self._joins_samples(*args, **kwargs)
             return func(*args, **kwargs)
         maker = _makers.get(func)
         if maker is not None:
-            made = maker(self._is_mine, self._detached, *args, **kwargs)
+            try:
+                made = maker(self._is_mine, self._detached, *args, **kwargs)
+            except (
+                TypeError
+            ):  # arguments that the maker does not know, or a mistake that the operation itself will name
+                made = None
             if made is not None and (result := self._tapped(*made)) is not None:
                 return result
         elif isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional":
             with self:
                 return _body(func)(*args, **kwargs)
         result = func(*args, **kwargs)
-        if torch.is_grad_enabled() and _needs_grad(result):
+        if torch.is_grad_enabled() and _needs_grad(result) and not any(result is a for a in args):
             self._uncover(found)
         return result
 
@@ -298,18 +347,41 @@ class Capture(TorchFunctionMode):
         names = [self._names[id(t)] for t in _tensors(args, kwargs) if id(t) in self._names]
         return [name for name in names if self.status.get(name) != UNCOVERED]
 
-    def _moves_samples(self, source: Any, *where: Any) -> bool:
-        """Whether rows are picked by what the data say, so that a row's number no longer is its sample's."""
-        dim, index = where if len(where) == 2 else (0, where[0] if where else None)  # index_select has a dimension
-        index = index[0] if isinstance(index, tuple) and index else index
-        if not isinstance(source, Tensor) or not source.is_floating_point() or not isinstance(index, Tensor):
+    def _moves_samples(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether rows are picked or put by what the data say, so that a row's number no longer is its sample's."""
+        if func in _MASKED:
+            return True
+        source, *where = args if args else (kwargs.get("input"),)
+        if not isinstance(source, Tensor) or not source.is_floating_point() or not source.dim():
             return False
-        if dim not in (0, -source.dim()) or not source.dim() or source.shape[0] % self._size:
+        if func in _ALONG:
+            dim, index = (*where, None, None)[:2]
+            dim, index = kwargs.get("dim", dim), kwargs.get("index", kwargs.get("indices", index))
+            if func in _TAKES and len(where) == 1:
+                dim, index = kwargs.get("dim"), where[0]
+            if dim is None:
+                return True
+            dim %= source.dim()
+        else:
+            dim, index = _first_tensor_index(where[0] if where else kwargs.get("indices"))
+        if not isinstance(index, Tensor) or not (
+            (dim == 0 and source.shape[0] % self._size == 0) or (dim == 1 and source.shape[1] == self._size)
+        ):
             return False
         if index.dtype == torch.bool:
             return not bool(index.all())
-        numbers = torch.arange(self._size, device=index.device)
-        return index.numel() != self._size or not bool((index.flatten() == numbers).all())
+        numbers = torch.arange(source.shape[dim], device=index.device)
+        if index.dim() > 1 and func in _ALONG:
+            numbers = numbers.view(*[-1 if d == dim else 1 for d in range(index.dim())])
+            return index.shape[dim] != source.shape[dim] or not bool((index == numbers).all())
+        return index.numel() != source.shape[dim] or not bool((index.flatten() == numbers).all())
+
+    def _joins_samples(self, tensors: Any, dim: Any = 0, **_: Any) -> bool:
+        """Whether pieces of several lengths are put one after the other: samples then differ in their rows."""
+        if dim != 0 or not all(isinstance(t, Tensor) and t.dim() and t.is_floating_point() for t in tensors):
+            return False
+        rows = [t.shape[0] for t in tensors]
+        return sum(rows) > self._size and sum(rows) % self._size == 0 and any(n % self._size for n in rows)
 
     def _is_mine(self, t: Any) -> bool:
         return isinstance(t, Tensor) and id(t) in self._names
@@ -322,7 +394,15 @@ class Capture(TorchFunctionMode):
             self.status[name] = UNCOVERED
             self.candidates.pop(name, None)
         if not self._looking:
-            raise StatusChanged
+            self._look_again()
+
+    def _look_again(self) -> None:
+        if self._backward:  # what a checkpoint runs again; squares have been added
+            raise RuntimeError(
+                "the model uses its parameters in a way that the first batches did not show: give it batches of one "
+                "sample"
+            )
+        raise StatusChanged
 
     def _tapped(self, y: Tensor, uses: Mapping[str, Any]) -> Tensor | None:
         if self._moved:
@@ -330,12 +410,22 @@ class Capture(TorchFunctionMode):
         mine = []
         for t, rule, x in uses.values():
             name = self._names.get(id(t))
-            if name is not None and self.status.get(name) != UNCOVERED:
-                mine.append((name, rule, x))
-        if y.shape[0] == 1 and self._size > 1 and all(isinstance(rule, Rows) for _, rule, _ in mine):
-            # Shared by all samples: each gets its own.
-            y = y.expand(self._size, *y.shape[1:]).contiguous()
-            mine = [(name, rule, x.expand(self._size, *x.shape[1:])) for name, rule, x in mine]
+            if name is None or self.status.get(name) == UNCOVERED:
+                continue
+            if id(t) in self._shared:
+                if type(rule) is not Broadcast:
+                    return None
+                _, rows, ids = self._shared[id(t)]
+                rule = SharedRows(rule.shape, rule.times_x, rule.channels, rule.negative, rule.of, rows, ids)
+            mine.append((name, rule, x))
+        if len(mine) == 1 and isinstance(mine[0][1], Rows) and self._size > 1:
+            name, rows, ids = mine[0]
+            if ids.dim() == 1:
+                use = self._embedded.setdefault(name, SINGLE if len(ids) == self._size else SHARED)
+                if use == SINGLE and len(ids) != self._size:
+                    return None  # used in both ways
+            if ids.shape[0] == 1 or (ids.dim() == 1 and self._embedded[name] == SHARED):
+                return self._share(y, name, rows, ids)
         rules = [rule for _, rule, _ in mine]
         layouts = set()
         if self._looking:
@@ -347,7 +437,7 @@ class Capture(TorchFunctionMode):
         else:
             for name, _, _ in mine:
                 if name not in self.status:
-                    raise StatusChanged
+                    self._look_again()
                 if not self._may_be(self.status[name], y, rules):
                     return None
         if y.dim() > 2 and not isinstance(rules[0], Convolution):
@@ -367,28 +457,35 @@ class Capture(TorchFunctionMode):
         vectors = y.dim() == 2 and all(
             isinstance(rule, Product) or (isinstance(rule, Broadcast) and not rule.times_x) for rule in rules
         )
-        squares: list[Tensor] = []  # of g, summed over the cotangents so far
+        names = tuple(name for name, _, _ in mine)
 
         def take(tensors: Any, g: Tensor) -> None:
             if self._looking:
-                self._compare(tuple(name for name, _, _ in mine), layouts, g)
+                self._compare(names, layouts, g)
                 return
             xs = [g if i is None else tensors[i] for i in where]
-            if not (vectors and self._are_vectors([name for name, _, _ in mine])):
-                for (name, rule, _), x in zip(mine, xs, strict=True):
-                    self._take(name, rule, x, g)
+            if vectors and self._are_vectors(names):
+                squares = self._add_to_squares(names, g)
+                if not self._again:
+                    for name, rule, x in zip(names, rules, xs, strict=True):
+                        rule.add_vectors_(self._sums[name], x, squares)
+                    del self._squares[names]
                 return
-            wide = g.to(self._sums[mine[0][0]].dtype)
-            if squares:
-                fisher_accumulate_(squares, [wide])
-            else:
-                squares.append(wide.square())
-            if not self._again:
-                for (name, rule, _), x in zip(mine, xs, strict=True):
-                    rule.add_vectors_(self._sums[name], x, squares[0])
-                squares.clear()
+            for name, rule, x in zip(names, rules, xs, strict=True):
+                self._take(name, rule, x, g)
 
         return _Tap.apply(y, self._anchor, take, *kept)
+
+    def _share(self, y: Tensor, name: str, rows: Rows, ids: Tensor) -> Tensor:
+        """What an embedding gives to all samples is seen like a parameter, in whose gradient the samples are apart."""
+        y = y.detach().requires_grad_()
+        self._names[id(y)] = name
+        self._shared[id(y)] = (y, rows, ids)
+        return y
+
+    def out_of_sight(self) -> list[str]:
+        """After the backward: parameters whose shared rows got an ordinary gradient."""
+        return [self._names[i] for i, (y, _, _) in self._shared.items() if y.grad is not None]
 
     def _may_be(self, layout: str, y: Tensor, rules: list[Rule]) -> bool:
         """Whether an operation's output may have its samples there."""
@@ -451,7 +548,16 @@ class Capture(TorchFunctionMode):
         if len(waiting) == self._count[name]:
             self._add_waiting(name)
 
-    def _are_vectors(self, names: list[str]) -> bool:
+    def _add_to_squares(self, names: tuple[str, ...], g: Tensor) -> Tensor:
+        """The squares of an operation's g, summed over the cotangents so far."""
+        g = g.to(self._sums[names[0]].dtype)
+        if names in self._squares:
+            fisher_accumulate_([self._squares[names]], [g])
+        else:
+            self._squares[names] = g.square()
+        return self._squares[names]
+
+    def _are_vectors(self, names: tuple[str, ...]) -> bool:
         """Whether parameters are used once, with one vector per sample, and summed in one dtype."""
         return (
             all(self._count[name] == 1 and self.status[name] == "rows" for name in names)
@@ -504,7 +610,7 @@ class Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if isinstance(result, (Tensor, list, tuple)):  # not a dtype, say
+        if next(_tensors((result,), {}), None) is not None:  # not a shape, say
             for t in _tensors(args, kwargs):
                 if id(t) in self._names:
                     self.count[self._names[id(t)]] += 1

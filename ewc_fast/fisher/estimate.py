@@ -113,7 +113,7 @@ def estimate_fisher(
         params=params,
         out=out,
     )
-    device = next(model.parameters()).device
+    device = estimator.device
     with (
         isolated_rng(generator, device),
         tqdm(total=_expected_samples(loader, num_samples), desc="Fisher", unit="sample", disable=not progress) as bar,

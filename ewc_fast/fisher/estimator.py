@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ewc_fast.fisher.batches import batch_size, take, to_device
 from ewc_fast.fisher.capture import UNCOVERED, Capture, StatusChanged, Uses
@@ -72,11 +73,10 @@ class FisherEstimator:
         while (prefix := wrapper_prefix(model)) is not None:
             model = model.get_submodule(prefix)
         self._model = model
-        self._device = next(iter(selected.values())).device
+        self.device = next(iter(selected.values())).device
         inner = {id(p): name for name, p in model.named_parameters()}
         self._inner = {name: inner[id(p)] for name, p in selected.items()}
         self._params = dict(selected)
-        self._others = {n: p.detach() for n, p in model.named_parameters() if n not in set(self._inner.values())}
         names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._places: list[tuple[dict[str, Any], str, str]] = [  # of each parameter and buffer, under all its names
             (held, attribute, names[id(t)])
@@ -86,11 +86,11 @@ class FisherEstimator:
             if t is not None
         ]
         with torch.inference_mode(False):  # or what is made here could not be changed outside of it
-            self._buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
             self._sums = self._allocate(out)
         self._status: dict[str, str] = {}
         self._looks: dict[str, int] = {}
-        self._vectorised = True
+        self._embedded: dict[str, str] = {}
+        self._vectorised = self._changes_inputs = True  # until a call has shown that they need not be copied
         self._methods: set[str] = set()
         self.num_samples = self.num_terms = self._largest = self._batches = 0
         self._checked = 0  # batches after which all sums were finite
@@ -107,12 +107,29 @@ class FisherEstimator:
                 or out[name].shape != p.shape
                 or out[name].dtype != dtype
                 or out[name].device != p.device
+                or out[name].requires_grad
             ):
-                raise ValueError(f"out[{name!r}] must be a {dtype} tensor of shape {tuple(p.shape)} on {p.device}")
+                raise ValueError(
+                    f"out[{name!r}] must be a {dtype} tensor of shape {tuple(p.shape)} on {p.device} without "
+                    "requires_grad"
+                )
             sums[name] = out[name].zero_()
         return sums
 
     # ---- running the model ----
+
+    def _read_model(self) -> None:
+        """What is in the model now. Buffers are copied, so that the model may change them."""
+        ours = {inner: name for name, inner in self._inner.items()}
+        self._frozen: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        for held, attribute, inner in self._places:
+            if inner in ours:
+                self._params[ours[inner]] = held[attribute]
+            elif isinstance(held[attribute], nn.Parameter):
+                self._frozen[inner] = held[attribute].detach()
+            elif inner not in self._buffers:
+                self._buffers[inner] = held[attribute].detach().clone()
 
     @contextmanager
     def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -120,7 +137,7 @@ class FisherEstimator:
 
         Also around a backward: checkpoints run the model again there.
         """
-        tensors = {**self._others, **self._buffers}
+        tensors = {**self._frozen, **self._buffers}
         for name, p in self._params.items():
             tensors[self._inner[name]] = weights[name] if name in weights else p.detach()
         before = [(held, attribute, held[attribute]) for held, attribute, _ in self._places]
@@ -133,7 +150,12 @@ class FisherEstimator:
                 held[attribute] = tensor
 
     def _output(self, batch: Any) -> Tensor:
-        return self._objective.output(self._model, batch)
+        if not self._changes_inputs:
+            return self._objective.output(self._model, batch)
+        copies = tree_map_only(Tensor, torch.clone, batch)
+        z = self._objective.output(self._model, copies)
+        self._changes_inputs = any(isinstance(t, Tensor) and t._version > 0 for t in tree_leaves(copies))
+        return z
 
     def _run(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
         """The objective's output with ``weights`` in place of the parameters of these names."""
@@ -153,8 +175,9 @@ class FisherEstimator:
         fastpath = torch.backends.mha.get_fastpath_enabled()
         try:
             with module_mode(self._model, training=False), torch.inference_mode(False), torch.enable_grad():
+                self._read_model()
                 torch.backends.mha.set_fastpath_enabled(False)  # it uses parameters out of sight
-                self._add(to_device(batch, self._device))
+                self._add(to_device(batch, self.device))
         except (TypeError, ValueError) as error:
             error.args = (f"batch {self._batches}: {error}",)
             raise
@@ -185,6 +208,8 @@ class FisherEstimator:
             raise ValueError(
                 f"the loss is not finite{where}: check the inputs and the model's weights for NaN and infinities"
             )
+        if not target.terms:
+            raise ValueError("no label counts: all are the ignored index, or padding; leave such batches out")
         return target
 
     def _where_not_finite(self, batch: Any) -> str:
@@ -266,7 +291,7 @@ class FisherEstimator:
         return target.terms
 
     def _add_per_sample(self, batch: Any, size: int) -> int:
-        if self._methods.isdisjoint({"hooks"}) or not self._status:
+        if not self._status:
             self._look(batch, size)
         for _ in range(_MAX_LOOKS + len(self._params)):
             try:
@@ -288,7 +313,7 @@ class FisherEstimator:
         part = take(batch, slice(0, few), size)
         buffers = {name: b.clone() for name, b in self._buffers.items()}
         leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
-        capture = Capture(leaves, self._sums, self._status, few, looking=True)
+        capture = Capture(leaves, self._sums, self._status, self._embedded, few, looking=True)
         try:
             with self._swapped(leaves):
                 with capture:
@@ -298,15 +323,16 @@ class FisherEstimator:
                 factors = 2.0 ** torch.arange(few, device=z.device)
                 capture.factors = factors
                 capture.backward(z, noise * factors.to(z.dtype).view(-1, *[1] * (z.dim() - 1)), again=False)
+        except torch.OutOfMemoryError:
+            raise
         except (StatusChanged, RuntimeError, ValueError, TypeError, IndexError):  # not to be run in this way
             self._status.update(dict.fromkeys(self._params, UNCOVERED))
             return
         finally:
             self._buffers = buffers
         candidates, verified = capture.candidates, capture.verified
-        for name, leaf in leaves.items():
-            if leaf.grad is not None:
-                self._status[name] = UNCOVERED
+        for name in (*capture.out_of_sight(), *(name for name, leaf in leaves.items() if leaf.grad is not None)):
+            self._status[name] = UNCOVERED
         for name, layouts in candidates.items():
             if self._status.get(name) == UNCOVERED:
                 continue
@@ -321,7 +347,7 @@ class FisherEstimator:
         covered = self._covered()
         leaves = {name: self._params[name].detach().requires_grad_() for name in covered}
         rest = {name: p.detach() for name, p in self._params.items() if name not in leaves}
-        capture = Capture(leaves, self._sums, self._status, size, looking=False)
+        capture = Capture(leaves, self._sums, self._status, self._embedded, size, looking=False)
         with self._swapped(leaves):
             with capture:
                 z = self._output(batch)
@@ -332,11 +358,10 @@ class FisherEstimator:
                     capture.backward(z, cotangent, again=more)
                 if rest:
                     self._add_rest(rest, batch, size, cotangent)
-        for name, leaf in leaves.items():
-            if leaf.grad is not None:
-                raise RuntimeError(
-                    f"{name} is used in a way that the first batches did not show: give the model batches of one sample"
-                )
+        for name in (*capture.out_of_sight(), *(name for name, leaf in leaves.items() if leaf.grad is not None)):
+            raise RuntimeError(
+                f"{name} is used in a way that the first batches did not show: give the model batches of one sample"
+            )
         return target.terms
 
     def _add_rest(self, weights: dict[str, Tensor], batch: Any, size: int, cotangent: Tensor) -> None:
@@ -369,8 +394,8 @@ class FisherEstimator:
             return
         # Sums of squares: the largest is infinite or NaN where any is. A third of isfinite's time.
         largest = {name: total.amax() for name, total in self._sums.items() if total.numel()}
-        values = torch.stack([value.to(self._device, torch.float64) for value in largest.values()]).tolist()
-        since = f" (it was after batch {self._checked - 1})" if self._checked else ""
+        values = torch.stack([value.to(self.device, torch.float64) for value in largest.values()]).tolist()
+        since = f", since one of batches {self._checked} to {batches - 1}" if batches - self._checked > 1 else ""
         for name, value in zip(largest, values, strict=True):
             if not math.isfinite(value):
                 raise ValueError(f"the squared gradient of parameter {name!r} is not finite{since}")
@@ -421,7 +446,10 @@ class FisherEstimator:
             raise RuntimeError("result(final=True) was the end of this estimate: make a new FisherEstimator")
 
     def state_dict(self) -> dict[str, Any]:
-        """What an interrupted estimate needs to go on: sums, counts, the generator's state."""
+        """What an interrupted estimate needs to go on: sums, counts, the generator's state.
+
+        With ``generator=None`` and drawn labels, the global random state is the caller's to save and restore.
+        """
         self._check_open()
         return {
             "kind": self.kind,
@@ -430,6 +458,8 @@ class FisherEstimator:
             "sums": {name: total.clone() for name, total in self._sums.items()},
             "counts": [self.num_samples, self.num_terms, self._largest, self._batches],
             "methods": sorted(self._methods),
+            "settings": self._objective.settings(),
+            "status": [dict(self._status), dict(self._looks), dict(self._embedded)],
             "generator": None if self._generator is None else self._generator.get_state(),
         }
 
@@ -437,28 +467,33 @@ class FisherEstimator:
         """Goes on from a saved state.
 
         Raises:
-            ValueError: It is of another kind, loss or model; nothing has changed then.
+            ValueError: It is of another kind, loss, setting or model; nothing has changed then.
         """
         self._check_open()
-        if not {"kind", "loss", "unit", "sums", "counts", "methods", "generator"} <= set(state):
+        if not {"kind", "loss", "unit", "sums", "counts", "methods", "settings", "status", "generator"} <= set(state):
             raise ValueError("this is no state of a FisherEstimator")
         for what, mine in (("kind", self.kind), ("loss", self._objective.name)):
             if state[what] != mine:
                 raise ValueError(f"the state is of {what}={state[what]!r}, this estimator of {mine!r}")
+        if state["settings"] != self._objective.settings():
+            raise ValueError(
+                f"the state was made with {state['settings']}, this estimator with {self._objective.settings()}"
+            )
         shapes = {name: total.shape for name, total in state["sums"].items()}
         if shapes != {name: total.shape for name, total in self._sums.items()}:
             raise ValueError("the state is of another model: its parameters' names and shapes differ")
         if (state["generator"] is None) != (self._generator is None):
             raise ValueError("the state was made with a generator and this estimator has none, or the other way round")
+        num_samples, num_terms, largest, batches = map(int, state["counts"])
+        if self._generator is not None:
+            self._generator.set_state(state["generator"])
         for name, total in self._sums.items():
             total.copy_(state["sums"][name])
         self._objective.unit = state["unit"]
-        self.num_samples, self.num_terms, self._largest, self._batches = state["counts"]
+        self.num_samples, self.num_terms, self._largest, self._batches = num_samples, num_terms, largest, batches
         self._checked = 0
         self._methods = set(state["methods"])
-        self._status, self._looks = {}, {}
-        if self._generator is not None:
-            self._generator.set_state(state["generator"])
+        self._status, self._looks, self._embedded = (dict(known) for known in state["status"])
 
 
 @contextmanager
@@ -470,5 +505,5 @@ def isolated_rng(generator: torch.Generator | None, device: torch.device) -> Ite
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         ahead = torch.Generator(generator.device)  # a seed that follows from the generator and does not advance it
         ahead.set_state(generator.get_state())
-        torch.manual_seed(int(torch.randint(2**62, (), generator=ahead, device=generator.device)))
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=ahead, device=generator.device)))
         yield

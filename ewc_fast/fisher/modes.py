@@ -17,11 +17,14 @@ def module_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
         training: True for ``model.train()``, False for ``model.eval()``.
     """
     flags = [(module, module.training) for module in model.modules()]
+    switch = any(flag != training for _, flag in flags)
     try:
-        if any(flag != training for _, flag in flags):
+        if switch:
             model.train(training)
         yield
     finally:
+        if switch:
+            model.train(flags[0][1])  # not only the flags: some modules merge weights or drop caches there
         for module, flag in flags:
             if module.training != flag:
                 module.training = flag

@@ -14,7 +14,8 @@ KINDS = ("exact", "sampled", "empirical", "predicted", "reversed", "batch")
 LOSSES = ("cross_entropy", "binary_cross_entropy", "gaussian", "causal_lm")
 _GIVEN = frozenset({"empirical", "reversed", "batch"})
 EXACT_BACKWARDS = 4096  # of one batch
-_TELLING = 8  # so many labels that are all equal to the input are no chance
+_TELLING, _ALIKE = 8, 0.9  # so many labels, of which such a share equals the input, are no chance
+_NOT_CAUSAL = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification")
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -76,18 +77,17 @@ class Objective:
 
     def __init__(self, kind: str, transform: Transform | None, draws: int) -> None:
         self.kind, self.transform, self.draws = kind, transform, draws
-        self._changes_inputs = True  # until a call has shown that the model does not
+
+    def settings(self) -> dict[str, Any]:
+        """What the kind and the name do not say, as plain values."""
+        return {"num_label_samples": self.draws, "logits_transform": self.transform is not None}
 
     def output(self, model: nn.Module, batch: Any) -> Tensor:
         """The logits of a batch, (N, ...), with a graph."""
         args, kwargs, labels = take_apart(batch)
         if isinstance(batch, Mapping) and labels is not None and self._makes_decoder_inputs(model, kwargs):
             kwargs = {**kwargs, "labels": labels}
-        if self._changes_inputs:
-            args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
         z = logits_of(model(*args, **kwargs))
-        if self._changes_inputs:
-            self._changes_inputs = any(isinstance(a, Tensor) and a._version > 0 for a in args)
         z = z if self.transform is None else self.transform(z)
         return -z if self.kind == "reversed" else z
 
@@ -128,13 +128,16 @@ class CrossEntropy(Objective):
         super().__init__(kind, transform, draws)
         self.ignore_index, self.smoothing = ignore_index, smoothing
 
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "ignore_index": self.ignore_index, "label_smoothing": self.smoothing}
+
     def target(self, model: nn.Module, z: Tensor, batch: Any) -> Target:
         size = batch_size(batch)
         labels = self._labels(batch)
         self._check_logits(model, z, size, labels, batch)
         if z.dim() == 2:
             if self.kind not in _GIVEN:
-                return Target(None, None, size)
+                return Target(None, None, size)  # unlabelled data will do, whatever stands for a missing label
             assert labels is not None
             return self._given(z, labels, (size,))
         if labels is None:
@@ -155,11 +158,15 @@ class CrossEntropy(Objective):
                 f"model(inputs) returned logits of shape {tuple(z.shape)}: cross-entropy needs two classes or more, "
                 "over a single one it is constant"
             )
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        causal = any(base.__name__.endswith(("ForCausalLM", "LMHeadModel")) for base in type(model).__mro__)
-        if z.dim() == 3 and labels is not None and isinstance(ids, Tensor) and ids.shape == labels.shape:
-            counted = labels != self.ignore_index
-            causal = causal or (int(counted.sum()) >= _TELLING and bool((labels == ids)[counted].all()))
+        call = take_apart(batch)
+        ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
+        names = [base.__name__ for base in type(model).__mro__]
+        causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+        if z.dim() != 3 or labels is None or any(name.endswith(_NOT_CAUSAL) for name in names):
+            causal = False
+        elif isinstance(ids, Tensor) and ids.shape == labels.shape:
+            same = (labels == ids)[labels != self.ignore_index]
+            causal = causal or (len(same) >= _TELLING and float(same.float().mean()) >= _ALIKE)
         if causal:
             raise ValueError(
                 f"loss='cross_entropy' on a causal language model ({type(model).__name__}) would not shift the labels: "
@@ -187,10 +194,12 @@ class CrossEntropy(Objective):
 
     def finite(self, z: Tensor, target: Target) -> bool:
         # A logit of -inf is a class that cannot be: allowed, unless it is the label's.
-        deciding = z.amax(-1)  # NaN where any is
+        deciding = _wide(z.amax(-1))  # NaN where any is
         if self.kind in _GIVEN and target.labels is not None:
             labels = target.labels if target.counted is None else target.labels.where(target.counted, 0)
             deciding = deciding + z.gather(-1, labels[..., None])[..., 0]
+        if self.smoothing:
+            deciding = deciding + z.amin(-1)
         return bool((deciding if target.counted is None else deciding[target.counted]).isfinite().all())
 
     def cotangents(self, z: Tensor, target: Target, generator: torch.Generator | None) -> Iterator[Tensor]:
@@ -289,9 +298,13 @@ class CausalLM(CrossEntropy):
                 f"labels must have shape (batch, tokens) = ({z.shape[0]}, {z.shape[1] + 1}), got {tuple(labels.shape)}"
             )
         labels = labels[:, 1:].to(z.device)
+        if labels.dtype in (torch.uint8, torch.int8):
+            labels = labels.long()  # which hold no ignore_index
         mask = call.kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            labels = torch.where(mask[:, 1:].to(z.device) != 0, labels, labels.new_full((), self.ignore_index))
+            seen = (mask != 0).to(z.device)
+            # Nor does a first token after padding on the left, which would be predicted from padding.
+            labels = torch.where(seen[:, 1:] & seen[:, :-1], labels, labels.new_full((), self.ignore_index))
         return self._given(z, labels, tuple(z.shape[:-1]))
 
 
@@ -310,7 +323,7 @@ class BinaryCrossEntropy(Objective):
         labels = labels.to(z.device)
         if labels.shape != z.shape:
             raise ValueError(f"labels must have the logits' shape {tuple(z.shape)}, got {tuple(labels.shape)}")
-        labels = _wide(labels.to(z.dtype))
+        labels = labels.to(torch.promote_types(z.dtype, torch.float32))
         if not ((labels >= 0) & (labels <= 1)).all():
             raise ValueError("binary labels must lie in [0, 1]")
         return Target(labels, None, len(z))
@@ -345,7 +358,10 @@ class Gaussian(Objective):
         assert labels is not None
         if labels.shape != z.shape:
             raise ValueError(f"labels must have the outputs' shape {tuple(z.shape)}, got {tuple(labels.shape)}")
-        return Target(_wide(labels.to(z.device, z.dtype)), None, len(z))
+        return Target(labels.to(z.device, torch.promote_types(z.dtype, torch.float32)), None, len(z))
+
+    def finite(self, z: Tensor, target: Target) -> bool:
+        return bool((z if target.labels is None else z - target.labels).isfinite().all())
 
     def cotangents(self, z: Tensor, target: Target, generator: torch.Generator | None) -> Iterator[Tensor]:
         z = _wide(z.detach())

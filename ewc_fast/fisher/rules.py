@@ -6,6 +6,7 @@ Everything here is laid out with the samples first: inputs x and gradients g are
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,8 @@ _HELD_BYTES_ELSEWHERE = 512 << 20
 # Elements. Below, BLAS libraries add each product to what they are given, which in fp32 loses digits of a long sum;
 # above, they add the sum of the products.
 _SMALL = 1 << 16
+# Samples whose vectors are squared at a time: the more, the faster the product, and the more memory.
+_VECTORS = 256
 
 
 def block_bytes(device: torch.device) -> int:
@@ -111,12 +114,14 @@ class Product(Rule):
                 add_squares_(total[row : row + rows], torch.bmm(of_rows, right_part))
 
     def add_vectors_(self, total: Tensor, x: Tensor, g_squared: Tensor) -> None:
-        x_squared = x.to(g_squared.dtype).square()
-        left, right = (g_squared, x_squared) if self.left_is_g else (x_squared, g_squared)
-        if total.numel() < _SMALL:
-            total += left.t() @ right
-        else:
-            total.addmm_(left.t(), right)
+        for start in range(0, len(x), _VECTORS):
+            x_squared = x[start : start + _VECTORS].to(g_squared.dtype).square()
+            sides = (g_squared[start : start + _VECTORS], x_squared)
+            left, right = sides if self.left_is_g else sides[::-1]
+            if total.numel() < _SMALL:
+                total += left.t() @ right
+            else:
+                total.addmm_(left.t(), right)
 
 
 @dataclass
@@ -126,9 +131,14 @@ class Broadcast(Rule):
     shape: torch.Size
     times_x: bool = False
     channels: bool = False  # dimension 1 is the parameter's only one
+    negative: bool = False
+    of: Callable[[Tensor], Tensor] | None = None  # from what is kept to x
 
     def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
-        t = g * x.to(g.dtype) if self.times_x else g
+        t = -g if self.negative else g
+        if self.times_x:
+            x = x.to(g.dtype)
+            t = t * (x if self.of is None else self.of(x))
         if self.channels:
             return t.flatten(2).sum(2) if t.dim() > 2 else t
         shape = self.shape[1:] if len(self.shape) == t.dim() else self.shape  # its first one is 1
@@ -154,12 +164,6 @@ class Rows(Rule):
     def _kept(self, x: Tensor, g: Tensor) -> Tensor:
         return g if self.padding is None else g.masked_fill((x == self.padding)[..., None], 0)
 
-    def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
-        total = g.new_zeros(len(g), *self.shape)
-        for i in range(len(g)):
-            self.add_one_(total[i], x[i : i + 1], g[i : i + 1])
-        return total
-
     def add_one_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
         total.index_add_(0, x.flatten(), self._kept(x, g).reshape(-1, self.shape[1]).to(total.dtype))
 
@@ -169,6 +173,27 @@ class Rows(Rule):
         sums = total.new_zeros(len(keys), self.shape[1])
         sums.index_add_(0, place, self._kept(x, g).reshape(-1, self.shape[1]).to(total.dtype))
         total.index_add_(0, keys % self.shape[0], sums.square())
+
+
+@dataclass
+class SharedRows(Broadcast):
+    """An embedding that all samples share, as of positions, where it is broadcast against x."""
+
+    rows: Rows | None = None
+    ids: Tensor | None = None
+
+    def _per_row(self, x: Tensor, g: Tensor) -> tuple[Rows, Tensor, Tensor]:
+        assert self.rows is not None and self.ids is not None
+        g = super().per_sample(x, g).reshape(len(g), *self.ids.shape, -1)
+        return self.rows, self.ids.expand(len(g), *self.ids.shape), g
+
+    def add_one_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
+        rows, ids, g = self._per_row(x, g)
+        rows.add_one_(total, ids, g)
+
+    def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
+        rows, ids, g = self._per_row(x, g)
+        rows.add_squares_(total, ids, g)
 
 
 @dataclass

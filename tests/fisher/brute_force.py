@@ -95,7 +95,7 @@ def terms_of(model: nn.Module, batch: Any, loss: Loss, kind: str, transform: Tra
         assert labels is not None
         output, labels = output[:, :-1], labels[:, 1:]
         counted = labels != -100
-        return Terms(output, labels, counted if mask is None else counted & (mask[:, 1:] != 0))
+        return Terms(output, labels, counted if mask is None else counted & (mask[:, 1:] * mask[:, :-1] != 0))
     output = output.reshape(size, -1, output.shape[-1])
     if labels is None:
         return Terms(output, None, torch.ones(output.shape[:2], dtype=torch.bool))

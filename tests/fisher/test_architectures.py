@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ewc_fast.fisher import FisherEstimator, estimate_fisher
+from ewc_fast.fisher import estimator as estimator_module
 
 transformers = pytest.importorskip("transformers")
 
@@ -39,7 +41,7 @@ def classifier(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
 
 def language_model(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0, :-1]
-    labels, mask = batch["labels"][0, 1:], batch["attention_mask"][0, 1:]
+    labels, mask = batch["labels"][0, 1:], batch["attention_mask"][0, 1:] * batch["attention_mask"][0, :-1]
     kept = [i for i in range(len(labels)) if labels[i] != -100 and mask[i]]
     return sum((logits[i].log_softmax(-1)[labels[i]] for i in kept), logits.sum() * 0), len(kept)
 
@@ -132,7 +134,8 @@ def test_padded_language_model(family: str, tied: bool) -> None:
     data = language_batches()
     actual = estimate_fisher(model, data, "empirical", "causal_lm")
     assert_agrees(actual, brute_force(model, data, language_model), "hooks")
-    counted = sum(int(((b["labels"] != -100) & (b["attention_mask"] != 0))[:, 1:].sum()) for b in data)
+    seen = [b["attention_mask"][:, 1:] * b["attention_mask"][:, :-1] for b in data]
+    counted = sum(int(((b["labels"][:, 1:] != -100) & (s != 0)).sum()) for b, s in zip(data, seen, strict=True))
     assert (actual.info.unit, actual.info.num_samples, actual.info.num_terms) == ("token", 11, counted)
     with pytest.raises(ValueError, match="use loss='causal_lm'"):
         estimate_fisher(model, data, "empirical")
@@ -256,3 +259,294 @@ def test_routed_tokens_are_not_taken_for_samples() -> None:
     model = Experts()
     data = [(torch.randn(n, 2, 5), torch.randint(NUM_CLASSES, (n,))) for n in (6, 3, 4, 6, 6, 6, 6)]
     assert_agrees(estimate_fisher(model, data, "empirical"), brute_force(model, data, classifier), "loop")
+
+
+def against_single_samples(model: nn.Module, batches: list[tuple[Tensor, Tensor]], **options: Any) -> Any:
+    """Whole batches against batches of one sample, which take no rule. Returns how the former were made."""
+    model = model.double().eval()
+    fisher = estimate_fisher(model, batches, "empirical", **options)
+    singles = [(x[i : i + 1], y[i : i + 1]) for x, y in batches for i in range(len(x))]
+    assert_agrees(fisher, dict(estimate_fisher(model, singles, "empirical", **options)), fisher.info.method)
+    return fisher.info.method
+
+
+def token_batches(*shapes: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randint(20, shape), torch.randint(NUM_CLASSES, shape[:1])) for shape in shapes]
+
+
+class Embedded(nn.Module):
+    """Token and position embeddings, the latter shared by all samples."""
+
+    def __init__(self, combine: Any) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(20, 5), nn.Embedding(9, 5)
+        self.head, self.combine = nn.Linear(5, NUM_CLASSES), combine
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.combine(self.tokens(ids), self.positions, ids.shape[1])).mean(1))
+
+
+def cut(t: Tensor) -> Tensor:
+    return t / t.detach().norm()
+
+
+COMBINATIONS: dict[str, tuple[Any, str]] = {
+    "one_row": (lambda x, p, n: x + p(torch.arange(n)[None]), "hooks"),
+    "no_row": (lambda x, p, n: x + p(torch.arange(n)), "hooks"),
+    "first": (lambda x, p, n: p(torch.arange(n)) + x, "hooks"),
+    "moved": (lambda x, p, n: x + p(torch.arange(n)[None]).to(x.device), "hooks"),
+    "subtracted": (lambda x, p, n: x - p(torch.arange(n)), "hooks"),
+    "times": (lambda x, p, n: x * p(torch.arange(n)[None]), "hooks"),
+    "repeated": (lambda x, p, n: x + p(torch.arange(n) // 2), "hooks"),
+    "twice": (lambda x, p, n: (x + p(torch.arange(n))).sin() - p(torch.arange(n) // 3), "hooks"),
+    "one_twice": (lambda x, p, n: (lambda q: (x + q).sin() - q)(p(torch.arange(n))), "hooks"),
+    "normed": (lambda x, p, n: x + cut(p(torch.arange(n)[None])), "vmap"),
+    "its_shape": (lambda x, p, n: (lambda q: x + q / q.shape[0])(p(torch.arange(n)[None])), "vmap"),
+    "expanded": (lambda x, p, n: x + p(torch.arange(n)[None]).expand(len(x), -1, -1), "vmap"),
+    "for_each": (lambda x, p, n: x + p(torch.arange(n)[None].expand(len(x), -1)), "hooks"),
+}
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+@pytest.mark.parametrize("length", [6, 8, 4, 1])
+def test_shared_embeddings(combination: str, length: int) -> None:
+    """Of the length of the batch, of that of the look, and of one."""
+    combine, method = COMBINATIONS[combination]
+    found = against_single_samples(Embedded(combine), token_batches((8, length), (3, length)))
+    if length == 6 and combination != "expanded":
+        assert found == method
+
+
+def test_sequence_first_embedding_of_one_token() -> None:
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.head = nn.Embedding(20, 5), nn.Linear(5, NUM_CLASSES)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.tokens(ids.t()).sum(0)))
+
+    for shapes in (((8, 1),), ((8, 5), (8, 1)), ((8, 1), (8, 5))):
+        against_single_samples(SequenceFirst(), token_batches(*shapes))
+
+
+class Ragged(nn.Module):
+    """Samples' tokens one after the other, without padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.layer, self.head = nn.Embedding(20, 5), nn.Linear(5, 5), nn.Linear(5, NUM_CLASSES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        lengths = (ids != 0).sum(1).tolist()
+        hidden = self.tokens(ids)
+        rows = torch.tanh(self.layer(torch.cat([hidden[i, :n] for i, n in enumerate(lengths)])))
+        return self.head(torch.stack([part.sum(0) for part in rows.split(lengths)]))
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap")
+@pytest.mark.parametrize("lengths", [(9, 9, 9, 9, 7, 7, 7, 7), (8, 8, 8, 8, 8, 8, 8, 8), (9, 7, 8, 8, 8, 8, 8, 8)])
+def test_samples_of_several_lengths(lengths: tuple[int, ...]) -> None:
+    ids = torch.randint(1, 20, (8, 9))
+    for i, n in enumerate(lengths):
+        ids[i, n:] = 0
+    even = torch.randint(1, 20, (8, 8))
+    labels = torch.randint(NUM_CLASSES, (8,))
+    against_single_samples(Ragged(), [(ids, labels)])
+    against_single_samples(Ragged(), [(even, labels), (ids, labels)])
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap")
+def test_new_use_in_a_checkpoint_is_refused_before_it_is_added_twice() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, NUM_CLASSES)
+
+        def block(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(self.first(x))
+            return torch.tanh(self.second(hidden @ self.second.weight.t() * 2 if x.shape[1] == 4 else hidden))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone().requires_grad_()
+            return self.head(torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=True).mean(1))
+
+    labels = torch.randint(NUM_CLASSES, (8,))
+    with pytest.raises(RuntimeError, match="in a way that the first batches did not show"):
+        estimate_fisher(Changing(), [(torch.randn(8, 5, 6), labels), (torch.randn(8, 4, 6), labels)], "empirical")
+
+
+class Merging(nn.Linear):
+    """An adapter that is merged into the weight in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__(6, NUM_CLASSES)
+        self.adapter, self.merged = nn.Parameter(torch.randn(NUM_CLASSES, 6)), False
+        self.weight.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Merging":
+        if self.merged == mode:
+            self.weight.data += -self.adapter.data if mode else self.adapter.data
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.merged else y + x @ self.adapter.t()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_that_act_on_train_and_eval(training: bool) -> None:
+    model = nn.Sequential(Merging(), nn.Dropout()).train(training)
+    before = model[0].weight.clone()
+    estimate_fisher(model, [(torch.randn(4, 6), torch.randint(NUM_CLASSES, (4,)))], "empirical")
+    torch.testing.assert_close(model[0].weight, before)
+    assert model[0].merged is not training and model.training is training
+
+
+def test_the_model_is_read_at_every_update() -> None:
+    """Weights and buffers that were loaded after the estimator was made."""
+
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, NUM_CLASSES))
+        model[0].weight.requires_grad_(False)
+        model(torch.randn(16, 6) * 3 + 2)
+        return model
+
+    batch = (torch.randn(8, 6), torch.randint(NUM_CLASSES, (8,)))
+    for assign in (False, True):
+        old, new = make(), make()
+        estimator = FisherEstimator(old, "empirical")
+        old.load_state_dict(new.state_dict(), assign=assign)
+        if assign:
+            old[0].weight.requires_grad_(False)
+        estimator.update(batch)
+        expected = estimate_fisher(new, [batch], "empirical")
+        assert all(torch.equal(f, expected[name]) for name, f in estimator.result().items())
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    model, x = nn.Linear(6, NUM_CLASSES), torch.randn(8, 6)
+
+    def make(**options: Any) -> FisherEstimator:
+        estimator = FisherEstimator(model, generator=torch.Generator().manual_seed(1), **options)
+        estimator.update(x)
+        return estimator
+
+    state, estimator = make().state_dict(), make()
+    estimator.update(x[:3])
+    before = estimator.result()
+    for wrong in (
+        {"generator": torch.zeros(5, dtype=torch.uint8)},
+        {"counts": [1]},
+        {"sums": {"weight": torch.zeros(1)}},
+        {"settings": make(num_label_samples=2).state_dict()["settings"]},
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            estimator.load_state_dict({**state, **wrong})
+        assert all(torch.equal(f, before[name]) for name, f in estimator.result().items())
+    with pytest.raises(ValueError, match="ignore_index"):
+        FisherEstimator(model, "empirical", nn.CrossEntropyLoss(ignore_index=3)).load_state_dict(
+            FisherEstimator(model, "empirical").state_dict()
+        )
+
+
+def test_a_resumed_estimate_takes_the_same_ways() -> None:
+    """Equal to the last bit, also where the first batch showed nothing of a layer."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, NUM_CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.layer(x) * (x[:, :1] > 5))
+
+    batches = [(torch.randn(8, 5) + shift, torch.randint(NUM_CLASSES, (8,))) for shift in (0, 0, 0, 0, 9, 9)]
+    model = Gated()
+    whole, first = FisherEstimator(model, "empirical"), FisherEstimator(model, "empirical")
+    for batch in batches:
+        whole.update(batch)
+    for batch in batches[:4]:
+        first.update(batch)
+    second = FisherEstimator(model, "empirical")
+    second.load_state_dict(first.state_dict())
+    for batch in batches[4:]:
+        second.update(batch)
+    assert all(torch.equal(f, second.result()[name]) for name, f in whole.result().items())
+
+
+def test_inputs_changed_in_place_are_copies() -> None:
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(6, NUM_CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x.mul_(2))
+
+    model, x, y = Scales(), torch.randn(8, 6), torch.randint(NUM_CLASSES, (8,))
+    kept = x.clone()
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch["x"]), batch["labels"], reduction="none")
+
+    expected = estimate_fisher(model.head, [(2 * x, y)], "empirical")
+    for options in ({}, {"loss": loss}):
+        found = estimate_fisher(model, [{"x": x, "labels": y}] * 3, "empirical", **options)
+        assert torch.equal(x, kept)
+        for name, f in expected.items():
+            torch.testing.assert_close(found[f"head.{name}"], f)
+
+
+def test_one_look_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    look = FisherEstimator._look
+    monkeypatch.setattr(FisherEstimator, "_look", lambda self, *args: looks.append(look(self, *args)))
+
+    class Covered(nn.Module):
+        def __init__(self, covered: bool) -> None:
+            super().__init__()
+            self.weight, self.covered = nn.Parameter(torch.randn(NUM_CLASSES, 5)), covered
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight) if self.covered else torch.einsum("nd,cd->nc", x, self.weight)
+
+    for covered in (True, False):
+        looks.clear()
+        against_single_samples(Covered(covered), [(torch.randn(4, 5).double(), torch.tensor([0, 1, 2, 0]))] * 5)
+        assert len(looks) == 1
+
+
+def test_gradients_are_freed_though_a_shape_is_read() -> None:
+    """Batches of one sample: no more than one of the layers' gradients is there at a time."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64) / 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.weight.shape == (64, 64) and self.weight.size(0) == 64
+            return torch.tanh(x @ self.weight)
+
+    model = nn.Sequential(*(Layer() for _ in range(6)))
+    held = []
+    accumulate = estimator_module.fisher_accumulate_
+
+    def spy(fisher: list[Tensor], grads: list[Tensor]) -> None:
+        held.append(sum(p.grad is not None for p in seen))
+        accumulate(fisher, grads)
+
+    seen: list[Tensor] = []
+    original = estimator_module.Uses.__init__
+
+    def remember(self: Any, leaves: Any) -> None:
+        seen[:] = leaves.values()
+        original(self, leaves)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimator_module, "fisher_accumulate_", spy)
+        patch.setattr(estimator_module.Uses, "__init__", remember)
+        estimate_fisher(model, [(torch.randn(1, 64), torch.tensor([3]))], "empirical")
+    assert held == [0] * 6

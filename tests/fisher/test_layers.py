@@ -597,6 +597,102 @@ class Checkpointed(nn.Module):
         return checkpoint(self.body, hidden, use_reentrant=self.use_reentrant)
 
 
+class CheckpointedOnce(nn.Module):
+    """Layers that are used once each, in a checkpoint."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 6)
+        self.block = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 6), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(checkpoint(self.block, self.first(x), use_reentrant=self.use_reentrant))
+
+
+class Subtracted(nn.Module):
+    """A parameter that is added, subtracted and subtracted from: the gradients have signs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.shift = nn.Linear(5, 6), nn.Linear(6, 6), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x) - self.shift)
+        hidden = torch.tanh(torch.sub(self.shift, self.second(hidden)) + self.shift)
+        return torch.sub(hidden, self.shift)
+
+
+class Routed(nn.Module):
+    """Rows sorted by what they hold, a layer, and put back. Sorted already in the first batches."""
+
+    def __init__(self, pick: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.pick = nn.Linear(5, 6), pick
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        return self.pick(torch.tanh(self.layer(self.pick(x, order))), order.argsort())
+
+
+ROUTES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "brackets": lambda x, i: x[i],
+    "brackets_none": lambda x, i: x[None, i][0],
+    "brackets_ellipsis": lambda x, i: x[i, ...],
+    "brackets_list": lambda x, i: x[i.tolist()],
+    "brackets_numpy": lambda x, i: x[i.numpy()],
+    "brackets_tuple": lambda x, i: x[i, :],
+    "index_select": lambda x, i: torch.index_select(x, dim=0, index=i),
+    "index_select_names": lambda x, i: torch.index_select(input=x, dim=0, index=i),
+    "index_select_method": lambda x, i: x.index_select(0, i),
+    "gather": lambda x, i: x.gather(0, i[:, None].expand_as(x)),
+    "take_along_dim": lambda x, i: torch.take_along_dim(x, i[:, None], dim=0),
+    "set": lambda x, i: _set(torch.zeros_like(x), i.argsort(), x),
+    "index_put": lambda x, i: torch.zeros_like(x).index_put((i.argsort(),), x),
+    "index_add": lambda x, i: torch.zeros_like(x).index_add_(0, i.argsort(), x),
+    "index_copy": lambda x, i: torch.zeros_like(x).index_copy(0, i.argsort(), x),
+    "scatter": lambda x, i: torch.zeros_like(x).scatter(0, i.argsort()[:, None].expand_as(x), x),
+    "scatter_add": lambda x, i: torch.zeros_like(x).scatter_add_(0, i.argsort()[:, None].expand_as(x), x),
+    "masked_select": lambda x, i: x.masked_select(torch.ones_like(x).bool()).reshape(x.shape)[i],
+}
+
+
+def _set(target: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    target[index] = values
+    return target
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_rows_moved_by_the_data(route: str) -> None:
+    """In the first batch there is nothing to move, so that a look at it shows nothing."""
+    model = Readout(Routed(ROUTES[route]), normal(5)).double()
+    batches = [(torch.randn(4, 5).double(), torch.randint(CLASSES, (4,))) for _ in range(3)]
+    first, _ = batches[0]
+    first[:, 0] = first[:, 0].sort().values
+    assert_fisher(estimate_fisher(model, batches, kind="empirical"), brute_force.fisher(model, batches))
+
+
+def test_indices_that_move_no_sample() -> None:
+    """They do not send what comes after them to a slower way."""
+
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 6), nn.Linear(6, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)  # (N, 7, 6)
+            hidden = torch.index_select(input=hidden, dim=1, index=torch.tensor([5, 1, 2]))
+            hidden = hidden[:, torch.tensor([2, 0])]
+            return self.second(hidden[torch.arange(len(x)), torch.randint(2, (len(x),))] * 0 + hidden[:, 0])
+
+    model = Picks().double()
+    batches = [(torch.randn(4, 7, 5).double(), torch.randint(CLASSES, (4,))) for _ in range(2)]
+    fisher = estimate_fisher(model, batches, kind="empirical")
+    assert fisher.info.method == "hooks"
+    assert_fisher(fisher, brute_force.fisher(model, batches))
+
+
 class InPlace(nn.Module):
     """Activations that overwrite a layer's output."""
 
@@ -654,7 +750,12 @@ MODELS = {
     "branching": Case(models.Branching, normal(5), direct=True),
     "checkpoint": Case(lambda: Checkpointed(False), normal(5)),
     "checkpoint_3d": Case(lambda: Checkpointed(False), normal(4, 5)),
-    "checkpoint_reentrant": Case(lambda: Checkpointed(True), normal(4, 5)),
+    "checkpoint_reentrant": Case(lambda: Checkpointed(True), normal(5)),
+    "checkpoint_reentrant_3d": Case(lambda: Checkpointed(True), normal(4, 5)),
+    "checkpoint_once": Case(lambda: CheckpointedOnce(False), normal(5)),
+    "checkpoint_once_reentrant": Case(lambda: CheckpointedOnce(True), normal(5)),
+    "subtracted": Case(Subtracted, normal(5)),
+    "subtracted_3d": Case(Subtracted, normal(4, 5)),
     "in_place": Case(InPlace, normal(2, 5, 5)),
     "in_place_conv_net": Case(models.conv_net, normal(*models.IMAGE), direct=True),
     "lora": Case(lora, normal(4, 5)),

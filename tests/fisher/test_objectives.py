@@ -199,24 +199,14 @@ def test_channels_first_by_transform() -> None:
         compare(model, batches, kind, "cross_entropy", logits_transform=lambda z: z.movedim(1, -1))
 
 
-def test_a_batch_in_which_nothing_counts_adds_nothing() -> None:
-    model, batches = Tagger().double(), [tags(4), tags(3)]
-    empty = {**tags(4), "labels": torch.full((4, TOKENS), -100)}
-    for kind in ("exact", "empirical", "batch"):
-        expected = estimate_fisher(model, batches, kind=kind)
-        actual = estimate_fisher(model, [batches[0], empty, batches[1]], kind=kind)
-        assert all(torch.equal(actual[name], f) for name, f in expected.items())
-        assert actual.info.num_terms == expected.info.num_terms
-
-
 @pytest.mark.parametrize("kind", ALL)
 def test_nothing_counts(kind: str) -> None:
     empty = {**tags(4), "labels": torch.full((4, TOKENS), -100)}
-    with pytest.raises(ValueError, match="no label counts"):
-        estimate_fisher(Tagger(), [empty], kind=kind)
+    with pytest.raises(ValueError, match="batch 1: no label counts"):
+        estimate_fisher(Tagger(), [tags(3), empty], kind=kind)
 
 
-@pytest.mark.parametrize("counted", [0, 1, TOKENS])
+@pytest.mark.parametrize("counted", [1, TOKENS])
 def test_tags_that_are_equal_to_the_ids(counted: int) -> None:
     """As may happen: what has fewer classes than ids is no language model."""
     model, ids = Tagger().double(), torch.tensor([[1, 2, 0, 1], [5, 3, 4, 5]])
@@ -298,3 +288,88 @@ def test_exact_of_too_many() -> None:
     batch = (torch.randn(2, 10, 2), torch.zeros(2, 10, dtype=torch.long))
     with pytest.raises(ValueError, match="batch 0: .*5000 backward passes.*10 positions of 500 classes.*'sampled'"):
         estimate_fisher(model, [batch], kind="exact")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", ["gaussian", "binary_cross_entropy"])
+def test_labels_are_not_rounded_to_the_outputs(dtype: torch.dtype, loss: str) -> None:
+    layer = nn.Linear(3, 1).to(dtype)
+    nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, 100.0 if loss == "gaussian" else 0.0)
+    label = 100.2 if loss == "gaussian" else 0.50001
+    found = estimate_fisher(layer, [(torch.ones(4, 3, dtype=dtype), torch.full((4, 1), label))], "empirical", loss)
+    expected = (label - (100.0 if loss == "gaussian" else 0.5)) ** 2
+    # The gradient goes backward in 16 bits.
+    assert found["bias"].item() == pytest.approx(expected, rel=0.02 if dtype == torch.bfloat16 else 0.01)
+
+
+def test_large_fp16_logits_are_finite() -> None:
+    layer = nn.Linear(2, 3).half()
+    nn.init.zeros_(layer.weight)
+    layer.bias.data = torch.tensor([40000.0, 39990.0, 0.0]).half()
+    fisher = estimate_fisher(layer, [(torch.ones(2, 2).half(), torch.tensor([0, 0]))], kind="empirical")
+    assert all(f.isfinite().all() for f in fisher.values())
+
+
+NOT_FINITE: dict[str, tuple[Any, Any, Any]] = {
+    "label": (torch.ones(2, 3), torch.tensor([[1.0], [torch.nan]]), "gaussian"),
+    "infinite_label": (torch.ones(2, 3), torch.tensor([[1.0], [torch.inf]]), "gaussian"),
+    "smoothed": (torch.ones(2, 3), torch.tensor([1, 1]), nn.CrossEntropyLoss(label_smoothing=0.1)),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_loss_that_is_not_finite_is_named(case: str) -> None:
+    x, y, loss = NOT_FINITE[case]
+    model: nn.Module = nn.Linear(3, 1)
+    if case == "smoothed":
+        model = nn.Linear(3, 2)
+        model.bias.data[0] = -torch.inf
+    good = [(x, torch.ones(2, 1))] * 4 if loss == "gaussian" else []
+    with pytest.raises(ValueError, match=f"batch {len(good)}: the loss is not finite"):
+        estimate_fisher(model, [*good, (x, y)], "empirical", loss)
+
+
+def test_bytes_as_tokens() -> None:
+    """uint8 holds no -100."""
+
+    class Bytes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(256, 256)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.table(input_ids.long())
+
+    ids, mask = torch.randint(256, (4, 6), dtype=torch.uint8), torch.ones(4, 6)
+    mask[:, 4:] = 0
+    model = Bytes()
+    found = estimate_fisher(model, [{"input_ids": ids, "attention_mask": mask}], "empirical", "causal_lm")
+    wide = estimate_fisher(model, [{"input_ids": ids.long(), "attention_mask": mask}], "empirical", "causal_lm")
+    assert found.info.num_terms == 12 and torch.equal(found["table.weight"], wide["table.weight"])
+
+
+def test_only_labels_that_would_have_to_be_shifted_are_refused() -> None:
+    class TinyForCausalLM(Tagger):
+        pass
+
+    class TinyForMaskedLM(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Embedding(6, 5), nn.Linear(5, 6)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.head(self.body(input_ids))
+
+    ids = torch.randint(6, (5, 7))
+    estimate_fisher(TinyForMaskedLM(), [{"input_ids": ids, "labels": ids}], "empirical")
+    causal = TinyForCausalLM()
+    words = {**tags(4), "labels": torch.randint(2, (4,))}
+    estimate_fisher(causal, [words], "exact", logits_transform=lambda z: z[:, -1, :2])
+    plain = nn.Sequential(nn.Embedding(6, 5), nn.Linear(5, 6))
+    almost = ids.clone()
+    almost[0, 0] = (almost[0, 0] + 1) % 6
+    for labels in (ids, almost):
+        with pytest.raises(ValueError, match="causal_lm"):
+            estimate_fisher(plain, [(ids, labels)], "empirical")
+    estimate_fisher(plain, [(ids, ids.flip(0, 1))], "empirical")
