@@ -48,11 +48,12 @@ def estimate_fisher(
 
     The losses, each with its unit (a term of the mean that users look at):
 
-    - ``"cross_entropy"``: labels (B,) with logits (B, C): the sample. Labels (B, T) with logits (B, T, C) (token
-      classification, sequence to sequence): the counted label; -100 does not count.
+    - ``"cross_entropy"``: labels (B,) with logits (B, C): the sample; kinds that take the model's own labels do not look
+      at given ones. Labels (B, T) with logits (B, T, C) (token classification, sequence to sequence): the counted
+      label; -100 does not count.
     - ``"causal_lm"``: logits at t against the label at t + 1: the token. Labels are those of the batch, else
-      ``input_ids``; -100 and what ``attention_mask`` leaves out do not count. The square is that of each sequence's
-      *summed* log-likelihood, summed over sequences and divided by all counted tokens.
+      ``input_ids``; -100, what ``attention_mask`` leaves out and a first token after padding do not count. The square
+      is that of each sequence's *summed* log-likelihood, summed over sequences and divided by all counted tokens.
     - ``"binary_cross_entropy"``: log-likelihood summed over labels; ``"gaussian"``: unit variance, summed over outputs
       (``MSELoss`` rises by 2/D of it): the sample.
     - ``nn.CrossEntropyLoss`` (with ``ignore_index`` and, for given labels, ``label_smoothing``),
@@ -86,8 +87,8 @@ def estimate_fisher(
 
     Raises:
         ValueError: A kind or loss that is not available, ``num_samples`` below 1, a model without trainable parameters,
-            an empty loader, labels that are missing, malformed or out of range, logits that are not (B, C), a loss or a
-            gradient that is not finite.
+            an empty loader, a batch in which nothing counts, labels that are missing, malformed or out of range, logits
+            of a shape that the loss does not take, a loss or a gradient that is not finite.
         TypeError: A loader that cannot be iterated, a batch that is neither a tensor nor (inputs, labels), logits that
             are no tensor, a generator that is none.
 

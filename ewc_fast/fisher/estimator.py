@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ewc_fast.fisher.batches import batch_size, take, to_device
 from ewc_fast.fisher.capture import UNCOVERED, Capture, StatusChanged, Uses
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
-from ewc_fast.fisher.fallback import add_in_loop, add_vectorised
+from ewc_fast.fisher.fallback import NotVectorised, add_in_loop, add_vectorised
 from ewc_fast.fisher.modes import module_mode
 from ewc_fast.fisher.objectives import Objective, Target, make_objective
 from ewc_fast.layout import select_parameters, wrapper_prefix
@@ -367,13 +367,10 @@ class FisherEstimator:
     def _add_rest(self, weights: dict[str, Tensor], batch: Any, size: int, cotangent: Tensor) -> None:
         if self._vectorised:
             try:
-                staged = {name: torch.zeros_like(self._sums[name]) for name in weights}
-                add_vectorised(self._run, weights, staged, batch, size, cotangent)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a model that runs on a batch raises here, vmap's tracing is its cause
+                add_vectorised(self._run, weights, self._sums, batch, size, cotangent)
+            except NotVectorised as error:
                 self._vectorised = False
-                reason = str(error).strip().split("\n")[0]
+                reason = str(error.__cause__).strip().split("\n")[0]
                 warnings.warn(
                     f"{type(self._model).__name__} cannot run under torch.vmap ({reason}); the per-sample gradients of "
                     f"{len(weights)} of its parameters are taken in a loop over samples, which is slower",
@@ -381,8 +378,6 @@ class FisherEstimator:
                 )
             else:
                 self._methods.add("vmap")
-                for name, total in staged.items():
-                    self._sums[name] += total
                 return
         self._methods.add("loop")
         # With a graph for every parameter: a reentrant checkpoint drops gradients where its inputs need none.

@@ -23,10 +23,18 @@ _CHUNK_BYTES_ELSEWHERE = 256 << 20
 Run = Callable[[Mapping[str, Tensor], Any], Tensor]  # weights and a batch to outputs
 
 
+class NotVectorised(Exception):
+    """The model does not run under :func:`torch.vmap`; nothing has been added. The cause says why."""
+
+
 def add_vectorised(
     run: Run, weights: dict[str, Tensor], sums: Mapping[str, Tensor], batch: Any, size: int, cotangent: Tensor
 ) -> None:
-    """Adds the squares of all samples' gradients, in chunks of bounded memory."""
+    """Adds the squares of all samples' gradients, in chunks of bounded memory.
+
+    Raises:
+        NotVectorised: The first chunk failed.
+    """
     leaves, tree = tree_flatten(batch)
     mapped = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.dim() and len(t) == size]
 
@@ -45,7 +53,14 @@ def add_vectorised(
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         for start in range(0, size, step):
             samples = slice(start, start + step)
-            found = vmap(gradients)([leaves[i][samples] for i in mapped], cotangent[samples])
+            try:
+                found = vmap(gradients)([leaves[i][samples] for i in mapped], cotangent[samples])
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a model that runs on a batch raises here, vmap's tracing is its cause
+                if start:
+                    raise
+                raise NotVectorised from error
             for name, gradient in found.items():
                 add_squares_(sums[name], gradient.to(sums[name].dtype))
 
