@@ -48,8 +48,8 @@ def estimate_fisher(
 
     The losses, each with its unit (a term of the mean that users look at):
 
-    - ``"cross_entropy"``: labels (B,) with logits (B, C): the sample; kinds that take the model's own labels do not look
-      at given ones. Labels (B, T) with logits (B, T, C) (token classification, sequence to sequence): the counted
+    - ``"cross_entropy"``: labels (B,) with logits (B, C): the sample; kinds that take the model's own labels do not
+      look at given ones. Labels (B, T) with logits (B, T, C) (token classification, sequence to sequence): the counted
       label; -100 does not count.
     - ``"causal_lm"``: logits at t against the label at t + 1: the token. Labels are those of the batch, else
       ``input_ids``; -100, what ``attention_mask`` leaves out and a first token after padding do not count. The square

@@ -31,7 +31,7 @@ _NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm
 def fisher_from_optimizer(
     optimizer: torch.optim.Optimizer | Mapping[str, Any] | str | os.PathLike[str],
     terms_per_step: float,
-    model: nn.Module,
+    model: nn.Module | None = None,
 ) -> FisherDiagonal:
     """Takes Adam's second moment as the diagonal of the Fisher information.
 
@@ -56,7 +56,8 @@ def fisher_from_optimizer(
             decay); numbers and shapes must fit one of them, and only one.
         terms_per_step: Number of terms in the mean loss of one optimizer step: batch size x gradient accumulation x
             ranks, in counted tokens for a language model (their average if it varies).
-        model: The model that was trained, with the same parameters frozen as in training. It gives the names.
+        model: The model that was trained, with the same parameters frozen as in training. It gives the names; a live
+            optimizer that was made from ``model.named_parameters()`` (torch 2.6 or later) knows them itself.
 
     Returns:
         A read-only mapping from the model's own parameter names to tensors shaped like the parameter, on its device,
@@ -80,10 +81,10 @@ def fisher_from_optimizer(
         raise ValueError(f"terms_per_step must be a number, got {type(terms_per_step).__name__}")
     if not 1 <= terms_per_step < math.inf:
         raise ValueError(f"terms_per_step must be at least 1 and finite, got {terms_per_step}")
-    params = trainable_parameters(model)
+    params = _named(optimizer) if model is None else trainable_parameters(model)
     if not params:
         raise ValueError("no parameter of the model requires grad: call requires_grad_(True) on what was trained")
-    entries = _entries(optimizer, model)
+    entries = _entries(optimizer, params, model)
 
     keys = {key for state, _ in entries.values() for key in state}
     if keys & _FACTORED:
@@ -130,8 +131,25 @@ def fisher_from_optimizer(
     return FisherDiagonal(tensors, info)
 
 
+def _named(optimizer: object) -> dict[str, nn.Parameter]:
+    """The parameters that an optimizer knows the names of."""
+    groups = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else []
+    if not groups or any("param_names" not in group for group in groups):
+        raise ValueError(
+            "model is needed for the parameters' names: give it, or a live optimizer made from model.named_parameters()"
+        )
+    return {
+        name: p
+        for group in groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+        if p.requires_grad
+    }
+
+
 def _entries(
-    optimizer: torch.optim.Optimizer | Mapping[str, Any] | str | os.PathLike[str], model: nn.Module
+    optimizer: torch.optim.Optimizer | Mapping[str, Any] | str | os.PathLike[str],
+    params: Mapping[str, nn.Parameter],
+    model: nn.Module | None,
 ) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """The state and the parameter group of each trainable parameter that the optimizer holds, by name."""
     if isinstance(optimizer, torch.optim.SparseAdam):
@@ -140,13 +158,14 @@ def _entries(
             f"about the row: {_ESTIMATE}"
         )
     if isinstance(optimizer, torch.optim.Optimizer):
-        names = {id(p): name for name, p in trainable_parameters(model).items()}
+        names = {id(p): name for name, p in params.items()}
         return {
             names[id(p)]: (optimizer.state.get(p, {}), group)
             for group in optimizer.param_groups
             for p in group["params"]
             if id(p) in names
         }
+    assert model is not None
     if isinstance(optimizer, (str, os.PathLike)):
         optimizer = _read(Path(optimizer))
     if not isinstance(optimizer, Mapping):

@@ -457,3 +457,22 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="optimizer.pt"):
         fisher_from_optimizer(tmp_path, TERMS, model)
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_optimizer_that_knows_the_names_needs_no_model() -> None:
+    model = Net()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": named[:3]}, {"params": named[3:]}], lr=1e-2)
+    gradients = train(model, optimizer)
+    fisher = fisher_from_optimizer(optimizer, TERMS)
+    assert sorted(fisher) == sorted(TRAINED)
+    assert_is_average(fisher, gradients, lambda _: 0.999)
+
+
+def test_names_must_come_from_somewhere() -> None:
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, optimizer)
+    for source in (optimizer, optimizer.state_dict()):
+        with pytest.raises(ValueError, match="model is needed for the parameters' names"):
+            fisher_from_optimizer(source, TERMS)
