@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any, NamedTuple
 
 import torch
@@ -96,3 +97,40 @@ def take_apart(batch: Any) -> Call:
     if isinstance(inputs, (tuple, list)) and inputs:
         return Call(tuple(inputs), {}, labels)
     raise TypeError(f"a batch must be a pair of tensors (inputs, labels), got {type(inputs).__name__} as inputs")
+
+
+# ---- so many samples of a loader ----
+
+
+def check_loader(loader: object, num_samples: object) -> None:
+    """Raises if there is nothing to iterate over, or no such number of samples."""
+    if num_samples is not None and (
+        not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1
+    ):
+        raise ValueError(f"num_samples must be a positive integer or None, got {num_samples!r}")
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"loader must be an iterable of batches, got {type(loader).__name__}")
+
+
+def first(batch: Any, count: int) -> Any:
+    """At most ``count`` samples; what is no batch is left for others to name."""
+    try:
+        size = batch_size(batch)
+    except (TypeError, ValueError):
+        return batch
+    return batch if size <= count else take(to_device(batch, torch.device("cpu")), slice(0, count), size)
+
+
+def expected_samples(loader: Iterable[Any], num_samples: int | None) -> int | None:
+    """The progress bar's total: None where it is not known."""
+    dataset = getattr(loader, "dataset", None)
+    sizes = [num_samples, len(dataset) if isinstance(dataset, Sized) else None]
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def warn_of_few(num_samples: int | None, found: int) -> None:
+    """Says, to the caller's caller, that a loader had fewer samples than were asked for."""
+    if num_samples is not None and found < num_samples:
+        warnings.warn(
+            f"num_samples is {num_samples}, but the loader has only {found} samples: they were all used", stacklevel=3
+        )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ewc_fast.fisher.batches import batch_size, take, to_device
+from ewc_fast.fisher.batches import check_loader, expected_samples, first, warn_of_few
 from ewc_fast.fisher.diagonal import FisherDiagonal
 from ewc_fast.fisher.estimator import FisherEstimator, isolated_rng
 
@@ -98,12 +97,7 @@ def estimate_fisher(
         Kunstner et al., "Limitations of the empirical Fisher approximation for natural gradient descent", NeurIPS 2019.
         van de Ven, "On the computation of the Fisher information in continual learning", arXiv:2502.11756, 2025.
     """
-    if num_samples is not None and (
-        not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1
-    ):
-        raise ValueError(f"num_samples must be a positive integer or None, got {num_samples!r}")
-    if not isinstance(loader, Iterable):
-        raise TypeError(f"loader must be an iterable of batches, got {type(loader).__name__}")
+    check_loader(loader, num_samples)
     estimator = FisherEstimator(
         model,
         kind,
@@ -117,37 +111,16 @@ def estimate_fisher(
     device = estimator.device
     with (
         isolated_rng(generator, device),
-        tqdm(total=_expected_samples(loader, num_samples), desc="Fisher", unit="sample", disable=not progress) as bar,
+        tqdm(total=expected_samples(loader, num_samples), desc="Fisher", unit="sample", disable=not progress) as bar,
     ):
         for batch in loader:
             if num_samples is not None:
-                batch = _first(batch, num_samples - estimator.num_samples)
+                batch = first(batch, num_samples - estimator.num_samples)
             before = estimator.num_samples
             estimator.update(batch)
             bar.update(estimator.num_samples - before)
             if estimator.num_samples == num_samples:
                 break
     fisher = estimator.result(final=True)
-    if num_samples is not None and estimator.num_samples < num_samples:
-        warnings.warn(
-            f"num_samples is {num_samples}, but the loader has only {estimator.num_samples} samples: they were all "
-            "used",
-            stacklevel=2,
-        )
+    warn_of_few(num_samples, estimator.num_samples)
     return fisher
-
-
-def _first(batch: Any, count: int) -> Any:
-    """At most ``count`` samples; what is no batch is left for the estimator to name."""
-    try:
-        size = batch_size(batch)
-    except (TypeError, ValueError):
-        return batch
-    return batch if size <= count else take(to_device(batch, torch.device("cpu")), slice(0, count), size)
-
-
-def _expected_samples(loader: Iterable[Any], num_samples: int | None) -> int | None:
-    """The progress bar's total: None where it is not known."""
-    dataset = getattr(loader, "dataset", None)
-    sizes = [num_samples, len(dataset) if isinstance(dataset, Sized) else None]
-    return min((size for size in sizes if size is not None), default=None)

@@ -20,7 +20,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
-from ewc_fast.fisher.batches import batch_size, take, take_apart, to_device
+from ewc_fast.fisher.batches import (
+    batch_size,
+    check_loader,
+    expected_samples,
+    first,
+    take_apart,
+    to_device,
+    warn_of_few,
+)
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.fisher.modes import module_mode
 from ewc_fast.fisher.objectives import logits_of
@@ -332,12 +340,7 @@ def mas_importance(
         Aljundi, Babiloni, Elhoseiny, Rohrbach, Tuytelaars, "Memory aware synapses: learning what (not) to forget",
         ECCV 2018.
     """
-    if num_samples is not None and (
-        not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1
-    ):
-        raise ValueError(f"num_samples must be a positive integer or None, got {num_samples!r}")
-    if not isinstance(loader, Iterable):
-        raise TypeError(f"loader must be an iterable of batches, got {type(loader).__name__}")
+    check_loader(loader, num_samples)
     params = _trainable(model)
     device = next(model.parameters()).device
     with torch.inference_mode(False):  # or what is made here could not be changed outside of it
@@ -349,14 +352,12 @@ def mas_importance(
         torch.inference_mode(False),
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),  # the fused attention kernels have no batching rule
-        tqdm(total=num_samples, desc="MAS", unit="sample", disable=not progress) as bar,
+        tqdm(total=expected_samples(loader, num_samples), desc="MAS", unit="sample", disable=not progress) as bar,
     ):
         for index, batch in enumerate(loader):
             try:
-                batch = to_device(batch, device)
+                batch = to_device(batch if num_samples is None else first(batch, num_samples - count), device)
                 size = batch_size(batch)
-                if num_samples is not None and size > num_samples - count:
-                    batch, size = take(batch, slice(0, num_samples - count), size), num_samples - count
                 if size:
                     vectorised = _per_sample_absolute(model, params, batch, size, sums, vectorised)
                     _check_finite(sums, "the importance")
@@ -370,10 +371,7 @@ def mas_importance(
                 break
     if not count:
         raise ValueError("the loader is empty: MAS needs at least one sample")
-    if num_samples is not None and count < num_samples:
-        warnings.warn(
-            f"num_samples is {num_samples}, but the loader has only {count} samples: they were all used", stacklevel=2
-        )
+    warn_of_few(num_samples, count)
     info = _info("mas", "vmap" if vectorised else "loop", loss="squared_norm", count=count, batch_size=largest)
     return FisherDiagonal({name: total.div_(count) for name, total in sums.items()}, info)
 
