@@ -8,6 +8,7 @@ parameter that is used out of sight still gets an ordinary gradient, and that is
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -325,14 +326,11 @@ class Capture(TorchFunctionMode):
             elif func in _JOINS and not self._moved:
                 self._moved = self._joins_samples(*args, **kwargs)
             return func(*args, **kwargs)
-        maker = _makers.get(func)
+        maker, made = _makers.get(func), None
         if maker is not None:
-            try:
+            # A TypeError: arguments that the maker does not know, or a mistake that the operation itself will name.
+            with contextlib.suppress(TypeError):
                 made = maker(self._is_mine, self._detached, *args, **kwargs)
-            except (
-                TypeError
-            ):  # arguments that the maker does not know, or a mistake that the operation itself will name
-                made = None
             if made is not None and (result := self._tapped(*made)) is not None:
                 return result
         elif isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional":
@@ -405,8 +403,6 @@ class Capture(TorchFunctionMode):
         raise StatusChanged
 
     def _tapped(self, y: Tensor, uses: Mapping[str, Any]) -> Tensor | None:
-        if self._moved:
-            return None
         mine = []
         for t, rule, x in uses.values():
             name = self._names.get(id(t))
@@ -418,6 +414,8 @@ class Capture(TorchFunctionMode):
                 _, rows, ids = self._shared[id(t)]
                 rule = SharedRows(rule.shape, rule.times_x, rule.channels, rule.negative, rule.of, rows, ids)
             mine.append((name, rule, x))
+        if self._moved or not mine:
+            return None
         if len(mine) == 1 and isinstance(mine[0][1], Rows) and self._size > 1:
             name, rows, ids = mine[0]
             if ids.dim() == 1:
