@@ -259,16 +259,9 @@ class EWCLoss:
 
     def _estimate(self, params: Mapping[str, nn.Parameter], loader: Iterable[Any], estimate: dict[str, Any]) -> Any:
         """The loader's Fisher, where it can be in its final place."""
-        chosen = list(params.values())
         with torch.inference_mode(False):
             place = self._state.lay_first(params)
-        if place is not None:
-            names = {id(p): name for name, p in params.items()}
-            theirs = select_parameters(self.model, chosen)[0]
-            return estimate_fisher(
-                self.model, loader, params=chosen, out={n: place[names[id(p)]] for n, p in theirs.items()}, **estimate
-            )
-        return estimate_fisher(self.model, loader, params=chosen, **estimate)
+        return estimate_fisher(self.model, loader, params=list(params.values()), out=place, **estimate)
 
     def _by_own_name(
         self, what: str, given: Mapping[str, Tensor], params: Mapping[str, Tensor], ignored: frozenset[str]

@@ -185,7 +185,7 @@ def _vocabulary(model: nn.Module, device: torch.device) -> int:
     sizes = [_check_logits(model(torch.zeros(1, 1, dtype=torch.int64, device=device)), 1).shape[-1]]
     try:
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:
+    except NotImplementedError:  # what transformers' base class raises for a model without one
         embedding = None
     for size in (
         getattr(embedding, "num_embeddings", None),

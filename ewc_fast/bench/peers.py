@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ewc_fast import ewc_loss
 from ewc_fast.bench.problem import Problem
+from ewc_fast.bench.text import check_names
 from ewc_fast.ops import penalty as ops
 
 PLAIN, PUBLISHED, OURS, OPS, LIMIT = "plain PyTorch", "published", "ewc_fast", "ewc_fast ops", "limit"
@@ -133,9 +134,7 @@ def find(names: Sequence[str]) -> list[Peer]:
         ValueError: There is none of that name; lists those there are.
     """
     every = all_peers()
-    unknown = [name for name in names if name not in every]
-    if unknown:
-        raise ValueError(f"no peer {', '.join(unknown)}; there are {', '.join(every)}")
+    check_names("peer", names, every)
     return [peer for name, peer in every.items() if name in names]
 
 

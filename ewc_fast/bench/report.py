@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 from ewc_fast.bench import step
 from ewc_fast.bench.measure import BASELINE, LIMIT
 from ewc_fast.bench.peers import OPS
-from ewc_fast.bench.text import markdown, number, size
+from ewc_fast.bench.text import markdown, number, read_results, size
+from ewc_fast.bench.text import write_json as write_json
 from ewc_fast.bench.workloads import short_count
 
 Results = Mapping[str, Any]
@@ -59,21 +59,13 @@ BARS = (
 # ---- files ----
 
 
-def write_json(results: Results, path: Path) -> None:
-    """The results as they are."""
-    path.write_text(json.dumps(results, indent=1) + "\n")
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """What :func:`write_json` wrote.
+    """What :func:`ewc_fast.bench.text.write_json` wrote.
 
     Raises:
         ValueError: The file is no result of this benchmark.
     """
-    results = json.loads(path.read_text())
-    if not isinstance(results, dict) or "workloads" not in results or "machine" not in results:
-        raise ValueError(f"{path} is no result of python -m ewc_fast bench")
-    return results
+    return read_results(path, "workloads", "python -m ewc_fast bench")
 
 
 def to_csv(results: Results) -> str:

@@ -23,8 +23,8 @@ from ewc_fast import EWCLoss
 from ewc_fast.bench.measure import dtype_name, interleave, median, peak_bytes, percentile, time_once
 from ewc_fast.bench.peers import closed_form_, eager_loss
 from ewc_fast.bench.problem import LAMBDA
+from ewc_fast.bench.text import check_names, size
 from ewc_fast.bench.text import markdown as markdown_table
-from ewc_fast.bench.text import size
 
 LEARNING_RATE = 1e-6
 
@@ -348,9 +348,7 @@ def find(names: Sequence[str]) -> list[Variant]:
     Raises:
         ValueError: There is none of that name; lists those there are.
     """
-    unknown = [name for name in names if name not in VARIANTS]
-    if unknown:
-        raise ValueError(f"no variant {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+    check_names("variant", names, VARIANTS)
     return [variant for name, variant in VARIANTS.items() if name in names or name == PLAIN]
 
 

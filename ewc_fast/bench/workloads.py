@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ewc_fast.bench.text import check_names
+
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -144,7 +146,5 @@ def find(names: Sequence[str]) -> list[Workload]:
     Raises:
         ValueError: There is none of that name; lists those there are.
     """
-    unknown = [name for name in names if name not in WORKLOADS]
-    if unknown:
-        raise ValueError(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    check_names("workload", names, WORKLOADS)
     return [WORKLOADS[name] for name in names]

@@ -300,7 +300,7 @@ class Capture(TorchFunctionMode):
         looking: bool,
     ) -> None:
         super().__init__()
-        self._names = {id(t): name for name, t in leaves.items()}
+        self._leaves, self._names = leaves, {id(t): name for name, t in leaves.items()}
         self._sums, self.status, self._embedded, self._size, self._looking = sums, status, embedded, size, looking
         self._lengths: set[int] = set()
         self._count: dict[str, int] = {}
@@ -482,8 +482,9 @@ class Capture(TorchFunctionMode):
         return y
 
     def out_of_sight(self) -> list[str]:
-        """After the backward: parameters whose shared rows got an ordinary gradient."""
-        return [self._names[i] for i, (y, _, _) in self._shared.items() if y.grad is not None]
+        """After the backward: parameters that got an ordinary gradient, or whose shared rows did."""
+        seen = [name for name, leaf in self._leaves.items() if leaf.grad is not None]
+        return seen + [self._names[i] for i, (y, _, _) in self._shared.items() if y.grad is not None]
 
     def _may_be(self, layout: str, y: Tensor, rules: list[Rule]) -> bool:
         """Whether an operation's output may have its samples there."""

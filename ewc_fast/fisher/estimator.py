@@ -76,6 +76,7 @@ class FisherEstimator:
         self.device = next(iter(selected.values())).device
         inner = {id(p): name for name, p in model.named_parameters()}
         self._inner = {name: inner[id(p)] for name, p in selected.items()}
+        self._outer = {inner: name for name, inner in self._inner.items()}
         self._params = dict(selected)
         names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._places: list[tuple[dict[str, Any], str, str]] = [  # of each parameter and buffer, under all its names
@@ -120,12 +121,11 @@ class FisherEstimator:
 
     def _read_model(self) -> None:
         """What is in the model now. Buffers are copied, so that the model may change them."""
-        ours = {inner: name for name, inner in self._inner.items()}
         self._frozen: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         for held, attribute, inner in self._places:
-            if inner in ours:
-                self._params[ours[inner]] = held[attribute]
+            if inner in self._outer:
+                self._params[self._outer[inner]] = held[attribute]
             elif isinstance(held[attribute], nn.Parameter):
                 self._frozen[inner] = held[attribute].detach()
             elif inner not in self._buffers:
@@ -331,7 +331,7 @@ class FisherEstimator:
         finally:
             self._buffers = buffers
         candidates, verified = capture.candidates, capture.verified
-        for name in (*capture.out_of_sight(), *(name for name, leaf in leaves.items() if leaf.grad is not None)):
+        for name in capture.out_of_sight():
             self._status[name] = UNCOVERED
         for name, layouts in candidates.items():
             if self._status.get(name) == UNCOVERED:
@@ -358,7 +358,7 @@ class FisherEstimator:
                     capture.backward(z, cotangent, again=more)
                 if rest:
                     self._add_rest(rest, batch, size, cotangent)
-        for name in (*capture.out_of_sight(), *(name for name, leaf in leaves.items() if leaf.grad is not None)):
+        for name in capture.out_of_sight():
             raise RuntimeError(
                 f"{name} is used in a way that the first batches did not show: give the model batches of one sample"
             )

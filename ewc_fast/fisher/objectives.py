@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def _draw_on(t: Tensor, generator: torch.Generator | None, draw: Callable[[Tenso
     return draw(t if generator is None else t.to(generator.device)).to(t.device)
 
 
-class Objective:
+class Objective(ABC):
     """A log-likelihood; the base of all.
 
     Args:
@@ -96,17 +97,17 @@ class Objective:
         config = getattr(model, "config", None)
         return bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" not in kwargs
 
+    @abstractmethod
     def target(self, model: nn.Module, z: Tensor, batch: Any) -> Target:
         """The labels and what counts."""
-        raise NotImplementedError
 
     def finite(self, z: Tensor, target: Target) -> bool:
         """Whether the loss is finite wherever it counts."""
         return bool(z.isfinite().all())
 
+    @abstractmethod
     def cotangents(self, z: Tensor, target: Target, generator: torch.Generator | None) -> Iterator[Tensor]:
         """Gradients of log-likelihoods at ``z``, each shaped like it; the Fisher is the sum of the squares of each."""
-        raise NotImplementedError
 
     def _labels(self, batch: Any) -> Tensor | None:
         labels = take_apart(batch).labels

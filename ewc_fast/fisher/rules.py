@@ -60,7 +60,7 @@ class Rule:
 
     def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
         """(N, *parameter's shape)."""
-        raise NotImplementedError
+        raise NotImplementedError  # of an embedding's rows, which are added without it
 
     def add_one_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
         """Adds the gradient of the only sample in x and g."""
@@ -78,7 +78,7 @@ class Rule:
         The square of a product is the product of the squares. ``g_squared``, (N, out) in the dtype of ``total``, may be
         the sum of those of several g for one x.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # of embeddings and convolutions, whose gradients are no such product
 
 
 @dataclass

@@ -90,7 +90,7 @@ def test_ways_compute_their_kind(way, net, seed):
 @pytest.mark.filterwarnings("ignore")  # those packages' own
 def test_packages_compute_their_kind(way, net, seed):
     if packages.versions()[way.package] is None:
-        pytest.skip(f"{way.package} is not installed")
+        pytest.skip(f"{way.package} is not installed")  # an optional peer of the benchmark
     model, batches = net.model(seed), net.data(seed=seed)
     before = copy.deepcopy(model.state_dict())
     assert measure.check(way, model, batches, seed) < measure.TOLERANCE

@@ -244,3 +244,14 @@ def assert_squares_added(fisher: Tensor, before: Tensor, grads: Tensor, weight: 
     error = error + (rows * abs(weight) + 1) * 2 * UNDERFLOW[fisher.dtype]
     beyond = (fisher.double() - expected).abs() - error
     assert fisher.numel() == 0 or float(beyond.max()) <= 0, f"{tuple(grads.shape)}: {float(beyond.max())} beyond"
+
+
+class Loud(torch.Tensor):
+    """A subclass that wants to be asked."""
+
+    asked: list[str] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.asked.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs or {})

@@ -246,7 +246,7 @@ def test_indices_have_64_bits(device: str, numel: int) -> None:
     """A tensor of more than 2^31 elements: few of them have moved, and the gradient is there and nowhere else."""
     first = 64
     needed = 2 * (5 * numel + 4 * first)  # bytes: parameter, gradient, anchor, Fisher, and one comparison
-    if device == "cuda" and torch.cuda.mem_get_info()[0] < 1.05 * needed:
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 1.05 * needed:  # this GPU is missing the memory
         pytest.skip(f"takes {needed / 2**30:.0f} GiB of memory, {torch.cuda.mem_get_info()[0] / 2**30:.0f} are free")
     params = [torch.zeros(n, dtype=torch.bfloat16, device=device) for n in (first, numel)]
     grads = [torch.zeros_like(p) for p in params]
@@ -289,7 +289,7 @@ def test_many_fishers(device: torch.device, n: int) -> None:
 )
 def test_indices_of_fishers_have_64_bits(device: str, rows: int, numel: int) -> None:
     needed = 4 * numel + 2 * rows * numel + numel  # bytes: Fisher, gradients, and one comparison
-    if device == "cuda" and torch.cuda.mem_get_info()[0] < 1.05 * needed:
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 1.05 * needed:  # this GPU is missing the memory
         pytest.skip(f"takes {needed / 2**30:.0f} GiB of memory, {torch.cuda.mem_get_info()[0] / 2**30:.0f} are free")
     fisher = torch.zeros(numel, device=device)
     grads = torch.zeros(rows, numel, dtype=torch.bfloat16, device=device)

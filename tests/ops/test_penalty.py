@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ewc_fast.ops import penalty as ops
 from ewc_fast.ops.types import FlatQuadratic
 from tests.ops import exact as ex
-from tests.ops.exact import make_inputs
+from tests.ops.exact import Loud, make_inputs
 
 EDGES = (0, 1, 3, 63, 64, 65, 2047, 2048, 2049, 32767, 32768, 32769, 100003)
 
@@ -47,17 +47,6 @@ def test_the_backend_that_is_asked_for_runs(backend: str) -> None:
     ran = {event.key for event in recorded.key_averages() if event.key.startswith("ewc_fast::")}
     names = {"penalty", "penalty_grad", "penalty_accumulate_", "scale_"}
     assert ran == ({f"ewc_fast::{name}" for name in names} if backend == "native" else set())
-
-
-class Loud(torch.Tensor):
-    """A subclass that wants to be asked."""
-
-    asked: list[str] = []
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.asked.append(str(func))
-        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 @pytest.mark.native

@@ -17,6 +17,7 @@ from ewc_fast.bench.fisher.packages import PACKAGE_WAYS
 from ewc_fast.bench.fisher.ways import BASELINE, OURS, WAYS, Fisher, Run, Way
 from ewc_fast.bench.measure import interleave, median, peak_bytes, percentile, time_once
 from ewc_fast.bench.peers import Unavailable
+from ewc_fast.bench.text import check_names
 
 TOLERANCE = 2e-4  # of a tensor's Euclidean norm: everything runs in fp32
 CHECK_BATCH, CHECK_BATCHES = 8, 2
@@ -65,9 +66,7 @@ def find(names: Sequence[str] | None) -> list[Way]:
         ValueError: There is none of that name; lists those there are.
     """
     every = {way.name: way for way in (*WAYS, *PACKAGE_WAYS)}
-    unknown = [name for name in names or () if name not in every]
-    if unknown:
-        raise ValueError(f"no way {', '.join(unknown)}; there are {', '.join(every)}")
+    check_names("way", names or (), every)
     return [way for name, way in every.items() if names is None or name in names or name == BASELINE]
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ewc_fast.bench.text import check_names
+
 CLASSES = 10
 VOCABULARY, TOKENS, WIDTH = 1000, 64, 256
 PACKAGES = frozenset({"backpack", "asdl", "nngeometry"})
@@ -149,7 +151,5 @@ def find(names: Sequence[str]) -> list[Net]:
     Raises:
         ValueError: There is none of that name; lists those there are.
     """
-    unknown = [name for name in names if name not in NETS]
-    if unknown:
-        raise ValueError(f"no net {', '.join(unknown)}; there are {', '.join(NETS)}")
+    check_names("net", names, NETS)
     return [NETS[name] for name in names]

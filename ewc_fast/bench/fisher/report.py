@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from ewc_fast.bench.fisher.nets import MAIN
 from ewc_fast.bench.fisher.ways import BASELINE, OURS, PUBLISHED
 from ewc_fast.bench.measure import median, percentile
 from ewc_fast.bench.report import where
-from ewc_fast.bench.text import markdown, number, size
+from ewc_fast.bench.text import markdown, number, read_results, size
+from ewc_fast.bench.text import write_json as write_json
 
 Results = Mapping[str, Any]
 _TIMES_PLAIN = {MAIN: (1.3, 1.0), "encoder": (1.5, 1.5)}  # bar and aim
@@ -101,21 +101,13 @@ def _by_name(net: Results) -> dict[str, Results]:
 # ---- files ----
 
 
-def write_json(results: Results, path: Path) -> None:
-    """The results as they are."""
-    path.write_text(json.dumps(results, indent=1) + "\n")
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """What :func:`write_json` wrote.
+    """What :func:`ewc_fast.bench.text.write_json` wrote.
 
     Raises:
         ValueError: The file is no result of this benchmark.
     """
-    results = json.loads(path.read_text())
-    if not isinstance(results, dict) or "nets" not in results or "machine" not in results:
-        raise ValueError(f"{path} is no result of python -m ewc_fast bench --fisher")
-    return results
+    return read_results(path, "nets", "python -m ewc_fast bench --fisher")
 
 
 def merged(old: Results, new: Results) -> dict[str, Any]:
