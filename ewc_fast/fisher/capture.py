@@ -18,7 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ewc_fast.fisher.rules import Broadcast, Convolution, Product, Rows, Rule, SharedRows, add_squares_, held_bytes
+from ewc_fast.fisher.rules import (
+    Broadcast,
+    Convolution,
+    OfVectors,
+    Product,
+    Rows,
+    Rule,
+    SharedRows,
+    add_squares_,
+    held_bytes,
+)
 from ewc_fast.ops.fisher import fisher_accumulate_
 
 UNCOVERED = "uncovered"
@@ -452,9 +462,7 @@ class Capture(TorchFunctionMode):
         index = iter(range(len(kept)))
         where = [None if x is None else next(index) for x in saved]
 
-        vectors = y.dim() == 2 and all(
-            isinstance(rule, Product) or (isinstance(rule, Broadcast) and not rule.times_x) for rule in rules
-        )
+        of_vectors = [rule for rule in rules if isinstance(rule, OfVectors) and rule.is_of_vectors(y)]
         names = tuple(name for name, _, _ in mine)
 
         def take(tensors: Any, g: Tensor) -> None:
@@ -462,11 +470,11 @@ class Capture(TorchFunctionMode):
                 self._compare(names, layouts, g)
                 return
             xs = [g if i is None else tensors[i] for i in where]
-            if vectors and self._are_vectors(names):
+            if len(of_vectors) == len(rules) and self._are_vectors(names):
                 squares = self._add_to_squares(names, g)
                 if not self._again:
-                    for name, rule, x in zip(names, rules, xs, strict=True):
-                        rule.add_vectors_(self._sums[name], x, squares)
+                    for name, of_vector, x in zip(names, of_vectors, xs, strict=True):
+                        of_vector.add_vectors_(self._sums[name], x, squares)
                     del self._squares[names]
                 return
             for name, rule, x in zip(names, rules, xs, strict=True):

@@ -6,6 +6,7 @@ Everything here is laid out with the samples first: inputs x and gradients g are
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -55,34 +56,48 @@ def _multiplies_bf16() -> bool:
     return any(ask is not None and ask() for ask in known)
 
 
-class Rule:
+class Rule(ABC):
     """How a parameter's gradient follows from x and g."""
 
-    def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
-        """(N, *parameter's shape)."""
-        raise NotImplementedError  # of an embedding's rows, which are added without it
-
+    @abstractmethod
     def add_one_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
         """Adds the gradient of the only sample in x and g."""
+
+    @abstractmethod
+    def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
+        """Adds the squares of all samples' gradients."""
+
+
+class PerSample(Rule):
+    """Where all samples' gradients are formed, in blocks."""
+
+    @abstractmethod
+    def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
+        """(N, *parameter's shape)."""
+
+    def add_one_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
         total += self.per_sample(x, g)[0].to(total.dtype)
 
     def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
-        """Adds the squares of all samples' gradients, in blocks."""
         step = max(1, block_bytes(total.device) // max(1, 4 * total.numel()))
         for start in range(0, len(g), step):
             add_squares_(total, self.per_sample(x[start : start + step], g[start : start + step]))
 
-    def add_vectors_(self, total: Tensor, x: Tensor, g_squared: Tensor) -> None:
-        """Adds the squares where x and g are one vector per sample, given those of g.
 
-        The square of a product is the product of the squares. ``g_squared``, (N, out) in the dtype of ``total``, may be
-        the sum of those of several g for one x.
-        """
-        raise NotImplementedError  # of embeddings and convolutions, whose gradients are no such product
+class OfVectors(Rule):
+    """Where x and g may be one vector per sample: the square of a product is then the product of the squares."""
+
+    @abstractmethod
+    def is_of_vectors(self, y: Tensor) -> bool:
+        """Whether the operation with this output is such a one."""
+
+    @abstractmethod
+    def add_vectors_(self, total: Tensor, x: Tensor, g_squared: Tensor) -> None:
+        """Adds the squares, given those of g: (N, out) in the dtype of ``total``, summed over several g or not."""
 
 
 @dataclass
-class Product(Rule):
+class Product(OfVectors):
     """A matrix: the gradient is ``left^T right``, summed over positions. Left is g for (out, in), x for (in, out)."""
 
     left_is_g: bool
@@ -91,11 +106,6 @@ class Product(Rule):
         x = x.to(g.dtype).reshape(len(x), -1, x.shape[-1])
         g = g.reshape(len(g), -1, g.shape[-1])
         return (g, x) if self.left_is_g else (x, g)
-
-    def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
-        left, right = self._sides(x, g)
-        dtype = product_dtype(g)
-        return torch.bmm(left.transpose(1, 2).to(dtype), right.to(dtype))
 
     def add_one_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
         left, right = self._sides(x, g)
@@ -113,6 +123,9 @@ class Product(Rule):
                 of_rows = left[part, :, row : row + rows].transpose(1, 2).to(dtype)
                 add_squares_(total[row : row + rows], torch.bmm(of_rows, right_part))
 
+    def is_of_vectors(self, y: Tensor) -> bool:
+        return y.dim() == 2
+
     def add_vectors_(self, total: Tensor, x: Tensor, g_squared: Tensor) -> None:
         for start in range(0, len(x), _VECTORS):
             x_squared = x[start : start + _VECTORS].to(g_squared.dtype).square()
@@ -125,7 +138,7 @@ class Product(Rule):
 
 
 @dataclass
-class Broadcast(Rule):
+class Broadcast(PerSample, OfVectors):
     """A parameter that was broadcast against x: the gradient is g (times x) summed down to its shape."""
 
     shape: torch.Size
@@ -149,6 +162,9 @@ class Broadcast(Rule):
         if summed:
             t = t.sum(summed, keepdim=True)
         return t.reshape(len(g), *self.shape)
+
+    def is_of_vectors(self, y: Tensor) -> bool:
+        return y.dim() == 2 and not self.times_x and self.shape.numel() == y.shape[1]
 
     def add_vectors_(self, total: Tensor, x: Tensor, g_squared: Tensor) -> None:
         total += g_squared.sum(0)
@@ -182,6 +198,9 @@ class SharedRows(Broadcast):
     rows: Rows | None = None
     ids: Tensor | None = None
 
+    def is_of_vectors(self, y: Tensor) -> bool:
+        return False
+
     def _per_row(self, x: Tensor, g: Tensor) -> tuple[Rows, Tensor, Tensor]:
         assert self.rows is not None and self.ids is not None
         g = super().per_sample(x, g).reshape(len(g), *self.ids.shape, -1)
@@ -197,7 +216,7 @@ class SharedRows(Broadcast):
 
 
 @dataclass
-class Convolution(Rule):
+class Convolution(PerSample):
     """A convolution's weight, from windows of the padded input."""
 
     shape: torch.Size

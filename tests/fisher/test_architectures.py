@@ -317,6 +317,40 @@ def test_shared_embeddings(combination: str, length: int) -> None:
         assert found == method
 
 
+ADDED: dict[str, Any] = {
+    "scalar": ((), lambda p, e: p),
+    "one": ((1,), lambda p, e: p),
+    "one_one": ((1, 1), lambda p, e: p),
+    "row": ((1, 4), lambda p, e: p),
+    "vector": ((4,), lambda p, e: -p),
+    "shared_row": ((4,), lambda p, e: e(torch.arange(1))),
+    "shared_vector": ((4,), lambda p, e: e(torch.tensor(2))),
+    "last_shared_row": ((4,), lambda p, e: e(torch.tensor([5]))),
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+@pytest.mark.parametrize("kind", ["empirical", "exact"])
+def test_added_to_one_vector_per_sample(case: str, kind: str) -> None:
+    """Whatever is broadcast over the vectors, in one dimension or both."""
+    shape, added = ADDED[case]
+
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(5, 4), nn.Linear(4, NUM_CLASSES)
+            self.shift, self.table = nn.Parameter(torch.randn(shape)), nn.Embedding(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.first(x) + added(self.shift, self.table)))
+
+    model, x, y = Adds().double().eval(), torch.randn(8, 5).double(), torch.randint(NUM_CLASSES, (8,))
+    expected = estimate_fisher(model, [(x[i : i + 1], y[i : i + 1]) for i in range(8)], kind)
+    found = estimate_fisher(model, [(x, y)], kind)
+    for name, f in expected.items():
+        torch.testing.assert_close(found[name], f)
+
+
 def test_sequence_first_embedding_of_one_token() -> None:
     class SequenceFirst(nn.Module):
         def __init__(self) -> None:
