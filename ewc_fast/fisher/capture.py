@@ -274,11 +274,10 @@ class _Tap(torch.autograd.Function):
     """The identity; its backward hands on what it saved and the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, anchor: Tensor, take: Any, *saved: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, take: Any, *saved: Tensor | None) -> Tensor:
         ctx.take = take
         ctx.save_for_backward(*saved)
-        ctx.mark_dirty(y)
-        return y
+        return y.detach()  # which the model may change; y itself marked as changed would have to be no view
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -352,8 +351,8 @@ class Capture(TorchFunctionMode):
         return result
 
     def _found(self, args: Any, kwargs: Any) -> list[str]:
-        names = [self._names[id(t)] for t in _tensors(args, kwargs) if id(t) in self._names]
-        return [name for name in names if self.status.get(name) != UNCOVERED]
+        names = [self._names.get(id(t)) for t in _tensors(args, kwargs)]
+        return [name for name in names if name is not None and self.status.get(name) != UNCOVERED]
 
     def _moves_samples(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Whether rows are picked or put by what the data say, so that a row's number no longer is its sample's."""
@@ -392,10 +391,11 @@ class Capture(TorchFunctionMode):
         return sum(rows) > self._size and sum(rows) % self._size == 0 and any(n % self._size for n in rows)
 
     def _is_mine(self, t: Any) -> bool:
-        return isinstance(t, Tensor) and id(t) in self._names
+        return id(t) in self._names
 
     def _detached(self, t: Any) -> Any:
-        return t.detach() if self._is_mine(t) and self.status.get(self._names[id(t)]) != UNCOVERED else t
+        name = self._names.get(id(t))
+        return t if name is None or self.status.get(name) == UNCOVERED else t.detach()
 
     def _uncover(self, names: list[str]) -> None:
         for name in names:
@@ -413,7 +413,7 @@ class Capture(TorchFunctionMode):
         raise StatusChanged
 
     def _tapped(self, y: Tensor, uses: Mapping[str, Any]) -> Tensor | None:
-        mine = []
+        names, rules, xs = [], [], []
         for t, rule, x in uses.values():
             name = self._names.get(id(t))
             if name is None or self.status.get(name) == UNCOVERED:
@@ -423,64 +423,61 @@ class Capture(TorchFunctionMode):
                     return None
                 _, rows, ids = self._shared[id(t)]
                 rule = SharedRows(rule.shape, rule.times_x, rule.channels, rule.negative, rule.of, rows, ids)
-            mine.append((name, rule, x))
-        if self._moved or not mine:
+            names.append(name)
+            rules.append(rule)
+            xs.append(x)
+        if self._moved or not names:
             return None
-        if len(mine) == 1 and isinstance(mine[0][1], Rows) and self._size > 1:
-            name, rows, ids = mine[0]
+        if len(names) == 1 and isinstance(rules[0], Rows) and self._size > 1:
+            name, ids = names[0], xs[0]
             if ids.dim() == 1:
                 use = self._embedded.setdefault(name, SINGLE if len(ids) == self._size else SHARED)
                 if use == SINGLE and len(ids) != self._size:
                     return None  # used in both ways
             if ids.shape[0] == 1 or (ids.dim() == 1 and self._embedded[name] == SHARED):
-                return self._share(y, name, rows, ids)
-        rules = [rule for _, rule, _ in mine]
+                return self._share(y, name, rules[0], ids)
         layouts = set()
         if self._looking:
             layouts = {layout for layout in LAYOUTS if self._may_be(layout, y, rules)}
-            for name, _, _ in mine:
+            for name in names:
                 self.candidates[name] = self.candidates.get(name, set(LAYOUTS)) & layouts
                 if not self.candidates[name]:
                     return None
         else:
-            for name, _, _ in mine:
+            for name in names:
                 if name not in self.status:
                     self._look_again()
-                if not self._may_be(self.status[name], y, rules):
-                    return None
+            if not all(self._may_be(layout, y, rules) for layout in {self.status[name] for name in names}):
+                return None
         if y.dim() > 2 and not isinstance(rules[0], Convolution):
             self._lengths.update(y.shape[:-1])
-        for name, _, _ in mine:
-            if not self._backward:  # also without a graph: reentrant checkpoints make theirs in the backward
+        if not self._backward:  # also without a graph: reentrant checkpoints make theirs in the backward
+            for name in names:
                 self._count[name] = self._count.get(name, 0) + 1
         if not torch.is_grad_enabled():
             return y
         half = y.dtype in (torch.bfloat16, torch.float16)
-        saved = [None if x is None else x.detach() for _, _, x in mine]
-        saved = [x.to(y.dtype) if half and x is not None and x.is_floating_point() else x for x in saved]
-        kept = [x for x in saved if x is not None]
-        index = iter(range(len(kept)))
-        where = [None if x is None else next(index) for x in saved]
-
+        saved = [None if x is None else x.detach() for x in xs]
+        if half:
+            saved = [x.to(y.dtype) if x is not None and x.is_floating_point() else x for x in saved]
         of_vectors = [rule for rule in rules if isinstance(rule, OfVectors) and rule.is_of_vectors(y)]
-        names = tuple(name for name, _, _ in mine)
 
         def take(tensors: Any, g: Tensor) -> None:
             if self._looking:
-                self._compare(names, layouts, g)
+                self._compare(tuple(names), layouts, g)
                 return
-            xs = [g if i is None else tensors[i] for i in where]
+            xs = [g if x is None else x for x in tensors]
             if len(of_vectors) == len(rules) and self._are_vectors(names):
-                squares = self._add_to_squares(names, g)
+                squares = self._add_to_squares(tuple(names), g)
                 if not self._again:
                     for name, of_vector, x in zip(names, of_vectors, xs, strict=True):
                         of_vector.add_vectors_(self._sums[name], x, squares)
-                    del self._squares[names]
+                    del self._squares[tuple(names)]
                 return
             for name, rule, x in zip(names, rules, xs, strict=True):
                 self._take(name, rule, x, g)
 
-        return _Tap.apply(y, self._anchor, take, *kept)
+        return _Tap.apply(y, self._anchor, take, *saved)
 
     def _share(self, y: Tensor, name: str, rows: Rows, ids: Tensor) -> Tensor:
         """What an embedding gives to all samples is seen like a parameter, in whose gradient the samples are apart."""
@@ -564,7 +561,7 @@ class Capture(TorchFunctionMode):
             self._squares[names] = g.square()
         return self._squares[names]
 
-    def _are_vectors(self, names: tuple[str, ...]) -> bool:
+    def _are_vectors(self, names: list[str]) -> bool:
         """Whether parameters are used once, with one vector per sample, and summed in one dtype."""
         return (
             all(self._count[name] == 1 and self.status[name] == "rows" for name in names)

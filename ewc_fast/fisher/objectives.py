@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -62,6 +63,12 @@ def _wide(t: Tensor) -> Tensor:
 
 def _draw_on(t: Tensor, generator: torch.Generator | None, draw: Callable[[Tensor], Tensor]) -> Tensor:
     return draw(t if generator is None else t.to(generator.device)).to(t.device)
+
+
+def _draw_classes(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A class per row: the first of exponential clocks to ring, as ``torch.multinomial`` draws, without its checks."""
+    clocks = torch.empty_like(probs, memory_format=torch.contiguous_format).exponential_(generator=generator)
+    return torch.div(probs, clocks, out=clocks).argmax(-1)
 
 
 class Objective(ABC):
@@ -159,13 +166,13 @@ class CrossEntropy(Objective):
                 f"model(inputs) returned logits of shape {tuple(z.shape)}: cross-entropy needs two classes or more, "
                 "over a single one it is constant"
             )
+        names = [base.__name__ for base in type(model).__mro__]
+        if z.dim() != 3 or labels is None or any(name.endswith(_NOT_CAUSAL) for name in names):
+            return
         call = take_apart(batch)
         ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
-        names = [base.__name__ for base in type(model).__mro__]
         causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-        if z.dim() != 3 or labels is None or any(name.endswith(_NOT_CAUSAL) for name in names):
-            causal = False
-        elif isinstance(ids, Tensor) and ids.shape == labels.shape:
+        if isinstance(ids, Tensor) and ids.shape == labels.shape:
             same = (labels == ids)[labels != self.ignore_index]
             causal = causal or (len(same) >= _TELLING and float(same.float().mean()) >= _ALIKE)
         if causal:
@@ -184,14 +191,16 @@ class CrossEntropy(Objective):
             kind = "(batch,)" if len(shape) == 1 else "(batch, positions)"
             raise ValueError(f"labels must have shape {kind} = {shape}, got {tuple(labels.shape)}{hint}")
         labels = labels.to(z.device).long()
-        counted = labels != self.ignore_index
-        terms = int(counted.sum())
-        classes = labels if terms == labels.numel() else labels[counted]
-        if terms:
-            for extreme in map(int, classes.aminmax()):
-                if not 0 <= extreme < z.shape[-1]:
-                    raise ValueError(f"label {extreme} is out of range: the model's logits have {z.shape[-1]} classes")
-        return Target(labels, None if classes is labels else counted, terms)
+        counted, classes = None, labels
+        extremes = tuple(map(int, labels.aminmax())) if labels.numel() else ()
+        if extremes and extremes[0] <= self.ignore_index <= extremes[1]:
+            counted = labels != self.ignore_index
+            classes = labels[counted]
+            extremes = tuple(map(int, classes.aminmax())) if classes.numel() else ()
+        for extreme in extremes:
+            if not 0 <= extreme < z.shape[-1]:
+                raise ValueError(f"label {extreme} is out of range: the model's logits have {z.shape[-1]} classes")
+        return Target(labels, counted, classes.numel())
 
     def finite(self, z: Tensor, target: Target) -> bool:
         # A logit of -inf is a class that cannot be: allowed, unless it is the label's.
@@ -201,7 +210,9 @@ class CrossEntropy(Objective):
             deciding = deciding + z.gather(-1, labels[..., None])[..., 0]
         if self.smoothing:
             deciding = deciding + z.amin(-1)
-        return bool((deciding if target.counted is None else deciding[target.counted]).isfinite().all())
+        if target.counted is not None:
+            deciding = deciding[target.counted]
+        return math.isfinite(deciding.sum(dtype=torch.float64))
 
     def cotangents(self, z: Tensor, target: Target, generator: torch.Generator | None) -> Iterator[Tensor]:
         z = _wide(z.detach())
@@ -213,9 +224,7 @@ class CrossEntropy(Objective):
         draws = self.draws if self.kind == "sampled" else 1
         for draw in range(draws):
             if self.kind == "sampled":
-                rows = probs.reshape(-1, z.shape[-1])
-                classes = _draw_on(rows, generator, lambda p: torch.multinomial(p, 1, generator=generator)[:, 0])
-                classes = classes.reshape(probs.shape[:-1])
+                classes = _draw_on(probs, generator, lambda p: _draw_classes(p, generator))
             elif self.kind == "predicted":
                 classes = probs.argmax(-1)
             else:

@@ -127,14 +127,16 @@ class Product(OfVectors):
         return y.dim() == 2
 
     def add_vectors_(self, total: Tensor, x: Tensor, g_squared: Tensor) -> None:
-        for start in range(0, len(x), _VECTORS):
-            x_squared = x[start : start + _VECTORS].to(g_squared.dtype).square()
-            sides = (g_squared[start : start + _VECTORS], x_squared)
-            left, right = sides if self.left_is_g else sides[::-1]
-            if total.numel() < _SMALL:
-                total += left.t() @ right
-            else:
-                total.addmm_(left.t(), right)
+        if len(x) > _VECTORS:
+            for x_part, g_part in zip(x.split(_VECTORS), g_squared.split(_VECTORS), strict=True):
+                self.add_vectors_(total, x_part, g_part)
+            return
+        x_squared = x.to(g_squared.dtype).square()
+        left, right = (g_squared, x_squared) if self.left_is_g else (x_squared, g_squared)
+        if total.numel() < _SMALL:
+            total += left.t() @ right
+        else:
+            total.addmm_(left.t(), right)
 
 
 @dataclass

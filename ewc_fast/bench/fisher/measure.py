@@ -268,13 +268,24 @@ def _trace(fisher: Fisher) -> float:
 
 
 def activation_bytes(model: nn.Module, batch: tuple[Tensor, Tensor]) -> int:
-    """The most that a plain forward and backward of a batch holds besides parameters and their gradients."""
+    """The most that a plain forward and backward of a batch holds besides parameters and their gradients.
+
+    Each gradient is freed as soon as it is there, so that there is at most one parameter's at a time: the peak is
+    cleared of the largest.
+    """
     inputs, labels = batch
-    forward = peak_bytes(lambda: F.cross_entropy(model(inputs), labels), CPU)
-    both = peak_bytes(lambda: F.cross_entropy(model(inputs), labels).backward(), CPU)
-    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    model.zero_grad()
-    return max(forward, both - gradients)
+
+    def free(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(free) for p in model.parameters()]
+    try:
+        forward = peak_bytes(lambda: F.cross_entropy(model(inputs), labels), CPU)
+        both = peak_bytes(lambda: F.cross_entropy(model(inputs), labels).backward(), CPU)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(forward, both - max(p.nbytes for p in model.parameters()))
 
 
 def largest_layer_bytes(model: nn.Module) -> int:
