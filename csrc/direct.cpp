@@ -22,6 +22,17 @@ using PenaltySignature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
     const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, bool);
 using FisherSignature = void(at::TensorList, at::TensorList, double);
+using Optional = const std::optional<at::Tensor>&;
+using AdamWSignature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+    at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::IntArrayRef,
+    Optional, Optional, at::IntArrayRef, Optional, Optional, Optional, Optional, Optional, Optional, Optional, double,
+    double, double, double, double, bool, bool, int64_t, at::IntArrayRef);
+using SgdSignature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+    at::TensorList, at::TensorList, at::TensorList, at::IntArrayRef, Optional, Optional, at::IntArrayRef, Optional,
+    Optional, Optional, Optional, Optional, Optional, Optional, double, double, double, double, bool, bool, bool, bool);
+using ProximalSignature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+    at::TensorList, at::TensorList, at::IntArrayRef, const at::Tensor&, const at::Tensor&, at::IntArrayRef,
+    const at::Tensor&, const at::Tensor&, Optional, Optional, Optional, const at::Tensor&, bool);
 
 // Arguments of the types that are usual here. `usual` is false once there was another one: torch.ops knows what to do.
 struct Reader {
@@ -54,6 +65,10 @@ struct Reader {
       return usual ? static_cast<int64_t>(PyLong_AsLongLong(item)) : 0;
     });
   }
+  int64_t integer(PyObject* object) {
+    if (!PyLong_CheckExact(object)) usual = false;
+    return usual ? static_cast<int64_t>(PyLong_AsLongLong(object)) : 0;
+  }
   double number(PyObject* object) {
     if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) usual = false;
     return usual ? PyFloat_AsDouble(object) : 0;
@@ -79,6 +94,13 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// What the ops of the penalty return.
+PyObject* wrap(const std::tuple<at::Tensor, at::Tensor, at::Tensor>& result) {
+  const THPObjectPtr penalty(THPVariable_Wrap(std::get<0>(result))), predicted(THPVariable_Wrap(std::get<1>(result))),
+      by_tensor(THPVariable_Wrap(std::get<2>(result)));
+  return PyTuple_Pack(3, penalty.get(), predicted.get(), by_tensor.get());
+}
+
 PyObject* penalty_accumulate_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(n == 13, "penalty_accumulate_ takes 13 arguments, got ", n);
@@ -95,9 +117,77 @@ PyObject* penalty_accumulate_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   static const auto op = find<PenaltySignature>("ewc_fast::penalty_accumulate_");
   const auto result = call(op, params, grads, anchor, fisher, offsets, strides, ewc_lambda, delta, scale, constant,
                            grad_scale, found_inf, maximize);
-  const THPObjectPtr penalty(THPVariable_Wrap(std::get<0>(result))), predicted(THPVariable_Wrap(std::get<1>(result))),
-      by_tensor(THPVariable_Wrap(std::get<2>(result)));
-  return PyTuple_Pack(3, penalty.get(), predicted.get(), by_tensor.get());
+  return wrap(result);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* adamw_(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(n == 26, "adamw_ takes 26 arguments, got ", n);
+  Reader read;
+  const auto params = read.tensors(args[0]), grads = read.tensors(args[1]), exp_avgs = read.tensors(args[2]);
+  const auto exp_avg_sqs = read.tensors(args[3]), max_exp_avg_sqs = read.tensors(args[4]), steps = read.tensors(args[5]);
+  const auto strides = read.integers(args[6]);
+  const auto anchor = read.optional(args[7]), fisher = read.optional(args[8]);
+  const auto offsets = read.integers(args[9]);
+  const auto ewc_lambda = read.optional(args[10]), delta = read.optional(args[11]), scale = read.optional(args[12]);
+  const auto constant = read.optional(args[13]), grad_scale = read.optional(args[14]);
+  const auto found_inf = read.optional(args[15]), lr_tensor = read.optional(args[16]);
+  const double lr = read.number(args[17]), beta1 = read.number(args[18]), beta2 = read.number(args[19]);
+  const double eps = read.number(args[20]), weight_decay = read.number(args[21]);
+  const bool maximize = read.boolean(args[22]), proximal = read.boolean(args[23]);
+  const int64_t seed = read.integer(args[24]);
+  const auto ordinals = read.integers(args[25]);
+  if (PyErr_Occurred()) return nullptr;
+  if (!read.may_call()) Py_RETURN_NONE;
+  static const auto op = find<AdamWSignature>("ewc_fast::adamw_");
+  return wrap(call(op, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, strides, anchor, fisher, offsets,
+                   ewc_lambda, delta, scale, constant, grad_scale, found_inf, lr_tensor, lr, beta1, beta2, eps,
+                   weight_decay, maximize, proximal, seed, ordinals));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* sgd_(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(n == 22, "sgd_ takes 22 arguments, got ", n);
+  Reader read;
+  const auto params = read.tensors(args[0]), grads = read.tensors(args[1]), buffers = read.tensors(args[2]);
+  const auto strides = read.integers(args[3]);
+  const auto anchor = read.optional(args[4]), fisher = read.optional(args[5]);
+  const auto offsets = read.integers(args[6]);
+  const auto ewc_lambda = read.optional(args[7]), delta = read.optional(args[8]), scale = read.optional(args[9]);
+  const auto constant = read.optional(args[10]), grad_scale = read.optional(args[11]);
+  const auto found_inf = read.optional(args[12]), lr_tensor = read.optional(args[13]);
+  const double lr = read.number(args[14]), momentum = read.number(args[15]), dampening = read.number(args[16]);
+  const double weight_decay = read.number(args[17]);
+  const bool nesterov = read.boolean(args[18]), maximize = read.boolean(args[19]), first = read.boolean(args[20]);
+  const bool proximal = read.boolean(args[21]);
+  if (PyErr_Occurred()) return nullptr;
+  if (!read.may_call()) Py_RETURN_NONE;
+  static const auto op = find<SgdSignature>("ewc_fast::sgd_");
+  return wrap(call(op, params, grads, buffers, strides, anchor, fisher, offsets, ewc_lambda, delta, scale, constant,
+                   grad_scale, found_inf, lr_tensor, lr, momentum, dampening, weight_decay, nesterov, maximize, first,
+                   proximal));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* proximal_(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(n == 13, "proximal_ takes 13 arguments, got ", n);
+  Reader read;
+  const auto params = read.tensors(args[0]), moments = read.tensors(args[1]);
+  const auto strides = read.integers(args[2]);
+  const at::Tensor anchor = read.tensor(args[3]), fisher = read.tensor(args[4]);
+  const auto offsets = read.integers(args[5]);
+  const at::Tensor ewc_lambda = read.tensor(args[6]), delta = read.tensor(args[7]);
+  const auto scale = read.optional(args[8]), constant = read.optional(args[9]), found_inf = read.optional(args[10]);
+  const at::Tensor rates = read.tensor(args[11]);
+  const bool root = read.boolean(args[12]);
+  if (PyErr_Occurred()) return nullptr;
+  if (!read.may_call()) Py_RETURN_NONE;
+  static const auto op = find<ProximalSignature>("ewc_fast::proximal_");
+  return wrap(call(op, params, moments, strides, anchor, fisher, offsets, ewc_lambda, delta, scale, constant, found_inf,
+                   rates, root));
   END_HANDLE_TH_ERRORS
 }
 
@@ -128,6 +218,9 @@ PyMethodDef direct_ops[] = {
      "arguments that only torch.ops can take."},
     {"fisher_accumulate_", fastcall<fisher_accumulate_>(), METH_FASTCALL,
      "torch.ops.ewc_fast.fisher_accumulate_, likewise; True when it is done."},
+    {"adamw_", fastcall<adamw_>(), METH_FASTCALL, "torch.ops.ewc_fast.adamw_, likewise; its results."},
+    {"sgd_", fastcall<sgd_>(), METH_FASTCALL, "torch.ops.ewc_fast.sgd_, likewise; its results."},
+    {"proximal_", fastcall<proximal_>(), METH_FASTCALL, "torch.ops.ewc_fast.proximal_, likewise; its results."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace ewc

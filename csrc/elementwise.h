@@ -5,13 +5,16 @@
 // have instructions for them.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #if defined(__CUDACC__)
 #define EWC_HD __host__ __device__ __forceinline__
+#define EWC_INLINE
 #else
 #define EWC_HD inline __attribute__((always_inline))
+#define EWC_INLINE __attribute__((always_inline))
 #endif
 
 namespace ewc {
@@ -181,6 +184,142 @@ EWC_HD M add_square(M sum, M gradient) {
 template <typename M>
 EWC_HD M add_weighted(M fisher, M weight, M squares) {
   return fisher + weight * squares;
+}
+
+// ---- optimizer steps with a penalty ----
+//
+// coupled:   the penalty's gradient joins the task's before the step; its value is taken at the weights before the step
+// proximal:  after the step   theta = (D theta + c anchor) / (D + c),   c = lr lambda scale (F + delta),
+//            with the metric D that makes a constant gradient g the step lr g / D; its value is taken between the two
+
+enum class Coupling { kNone, kCoupled, kProximal };
+
+template <typename M>
+struct Pull {
+  M delta;
+  M factor;  // lambda scale
+  M lr;
+  bool acts;  // lambda is not 0: else what is read changes nothing, whatever it is
+};
+
+// Where there is neither metric nor weight the parameter stays. A weight of infinity would be NaN.
+template <typename M>
+EWC_HD M pulled(M parameter, M anchor, M metric, M weight) {
+  const M finite = weight < M(1e38) ? weight : M(1e38), total = metric + finite;
+  return total > M(0) ? parameter + finite / total * (anchor - parameter) : parameter;
+}
+
+template <typename M>
+EWC_HD M square_root(M x) {
+  return std::sqrt(x);
+}
+
+// ---- AdamW (Loshchilov & Hutter 2019), as torch.optim.AdamW ----
+
+struct AdamWOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool maximize;
+};
+
+// What a tensor's step needs; `step` counts this one.
+template <typename M>
+struct AdamWStep {
+  M sign, kept, beta1_rest, beta2, beta2_rest, size, root, eps;
+};
+template <typename M>
+EWC_HD AdamWStep<M> adamw_step(const AdamWOptions& o, double step) {
+  const double correction1 = 1.0 - pow(o.beta1, step), correction2 = 1.0 - pow(o.beta2, step);
+  return {static_cast<M>(o.maximize ? -1 : 1),  static_cast<M>(1.0 - o.lr * o.weight_decay),
+          static_cast<M>(1.0 - o.beta1),        static_cast<M>(o.beta2),
+          static_cast<M>(1.0 - o.beta2),        static_cast<M>(o.lr / correction1),
+          static_cast<M>(1.0 / sqrt(correction2)), static_cast<M>(o.eps)};
+}
+
+// One element's decay, moments and update; returns the metric. `largest` is amsgrad's, or the second moment itself.
+template <bool amsgrad, typename M>
+EWC_HD M adamw_update(const AdamWStep<M>& s, M gradient, M& parameter, M& first, M& second, M& largest) {
+  parameter *= s.kept;
+  first += s.beta1_rest * (gradient - first);
+  second = s.beta2 * second + s.beta2_rest * gradient * gradient;
+  // Written so that NaN stays, as in torch.maximum.
+  if constexpr (amsgrad) largest = largest >= second ? largest : second;
+  const M metric = square_root(amsgrad ? largest : second) * s.root + s.eps;
+  parameter -= s.size * (first / metric);
+  return metric;
+}
+
+// ---- SGD, as torch.optim.SGD ----
+
+struct SgdOptions {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+};
+
+enum class Momentum { kNone, kPlain, kNesterov };
+
+template <typename M>
+struct SgdStep {
+  M sign, decay, carried, rest, momentum, lr, metric;
+};
+// first: there is no momentum yet, and the gradient becomes it undamped.
+template <typename M>
+EWC_HD SgdStep<M> sgd_step(const SgdOptions& o, bool first) {
+  return {static_cast<M>(o.maximize ? -1 : 1),
+          static_cast<M>(o.weight_decay),
+          static_cast<M>(first ? 0.0 : o.momentum),
+          static_cast<M>(first ? 1.0 : 1.0 - o.dampening),
+          static_cast<M>(o.momentum),
+          static_cast<M>(o.lr),
+          static_cast<M>(o.momentum == 0.0 ? 1.0 : (1.0 - o.momentum) / (1.0 - o.dampening))};
+}
+
+template <Momentum kind, typename M>
+EWC_HD void sgd_update(const SgdStep<M>& s, M gradient, M& parameter, M& buffer) {
+  gradient += s.decay * parameter;
+  if constexpr (kind != Momentum::kNone) {
+    buffer = s.carried * buffer + s.rest * gradient;
+    gradient = kind == Momentum::kNesterov ? gradient + s.momentum * buffer : buffer;
+  }
+  parameter -= s.lr * gradient;
+}
+
+// ---- any optimizer's metric, from one tensor of its state or none ----
+//
+//   kConstant: factor      kLinear: factor * x      kRoot: factor * (sqrt(inner * x) + eps)
+
+enum class Metric { kConstant, kLinear, kRoot };
+
+template <Metric kind, typename M>
+EWC_HD M metric_of(M factor, M inner, M eps, M x) {
+  if constexpr (kind == Metric::kConstant) return factor;
+  if constexpr (kind == Metric::kLinear) return factor * x;
+  return factor * (square_root(inner * x) + eps);
+}
+
+// ---- stochastic rounding to bf16: up with the probability of the part that is dropped ----
+//
+// Numbers are keyed on (seed, step, tensor, list) and the element, never on who computes it.
+
+EWC_HD uint32_t mix(uint32_t x) {  // https://nullprogram.com/blog/2018/07/31/
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+EWC_HD uint32_t rounding_key(uint32_t seed, uint32_t step, uint32_t tensor, uint32_t list) {
+  return mix(mix(mix(mix(seed) + step) + tensor) + list);
+}
+
+// The element's number, folded: low bits change from element to element, `high_part` every 2^32.
+EWC_HD uint32_t high_part(uint64_t element) { return static_cast<uint32_t>(element >> 32) * 0x9e3779b9u; }
+
+EWC_HD bf16 store_stochastic(float x, uint32_t key, uint32_t element, uint32_t high) {
+  const uint32_t random = mix(mix(element ^ high) + key);
+  const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t rounded = bits + (random >> 16);
+  // Infinity would be carried into NaN, and NaN perhaps into 0.
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7fc00000u : bits;
+  return bf16{static_cast<uint16_t>((magnitude >= 0x7f800000u ? special : rounded) >> 16)};
 }
 
 }  // namespace ewc

@@ -39,4 +39,33 @@ TORCH_LIBRARY(ewc_fast, m) {
   // fisher[i] += weight * sum_b grads[i][b]^2, where grads[i] has fisher[i]'s shape or one more leading dimension b, the
   // samples of a block. fisher: fp32 or fp64, in which it is added; grads: any dtype, widened before it is squared.
   m.def("fisher_accumulate_(Tensor(a!)[] fisher, Tensor[] grads, float weight=1.0) -> ()");
+
+  // Optimizer steps with the penalty in the same pass. Every parameter has a gradient; offset -1: it is not protected, and
+  // without an anchor none is. strides: the memory order that each parameter's tensors share with the state. lr_tensor,
+  // if given, replaces lr. grad_scale: the gradients are divided by it, in place; found_inf: non-zero: nothing is written.
+  // proximal: see elementwise.h. Results as above.
+
+  // As torch.optim.AdamW; steps: 0-dim, this step counted. seed >= 0: bf16 tensors are rounded stochastically, keyed on
+  // (seed, step, ordinal, element).
+  m.def(
+      "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
+      "Tensor(e!)[] max_exp_avg_sqs, Tensor[] steps, int[] strides, Tensor? anchor, Tensor? fisher, int[] offsets, "
+      "Tensor? ewc_lambda, Tensor? delta, Tensor? scale, Tensor? constant, Tensor? grad_scale, Tensor? found_inf, "
+      "Tensor? lr_tensor, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
+      "bool proximal, int seed, int[] ordinals) -> (Tensor penalty, Tensor predicted, Tensor by_tensor)");
+
+  // As torch.optim.SGD; first: the momentum begins with this gradient, and the buffers hold zeros.
+  m.def(
+      "sgd_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, int[] strides, Tensor? anchor, "
+      "Tensor? fisher, int[] offsets, Tensor? ewc_lambda, Tensor? delta, Tensor? scale, Tensor? constant, "
+      "Tensor? grad_scale, Tensor? found_inf, Tensor? lr_tensor, float lr, float momentum, float dampening, "
+      "float weight_decay, bool nesterov, bool maximize, bool first, bool proximal) "
+      "-> (Tensor penalty, Tensor predicted, Tensor by_tensor)");
+
+  // The proximal pull after a step of any optimizer. rates: fp64, (number of tensors, 4): learning rate, and factor, inner
+  // and eps of the metric D = factor (sqrt(inner moment) + eps); not root: factor times moment; no moments: factor.
+  m.def(
+      "proximal_(Tensor(a!)[] params, Tensor[] moments, int[] strides, Tensor anchor, Tensor fisher, int[] offsets, "
+      "Tensor ewc_lambda, Tensor delta, Tensor? scale, Tensor? constant, Tensor? found_inf, Tensor rates, bool root) "
+      "-> (Tensor penalty, Tensor predicted, Tensor by_tensor)");
 }

@@ -6,13 +6,17 @@ from ewc_fast.fisher import FisherDiagonal, FisherEstimator, FisherInfo, estimat
 from ewc_fast.forgetting import ForgettingProbe
 from ewc_fast.functional import ewc_loss, ewc_penalty
 from ewc_fast.loss import EWCLoss
+from ewc_fast.optim.adamw import EWCAdamW
+from ewc_fast.optim.sgd import EWCSGD
 from ewc_fast.sequences import sample_sequences
 from ewc_fast.training import train
 
 __version__ = version("ewc-fast")
 
 __all__ = [
+    "EWCAdamW",
     "EWCLoss",
+    "EWCSGD",
     "FisherDiagonal",
     "FisherEstimator",
     "FisherInfo",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import warnings
 import weakref
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from ewc_fast import storage
 from ewc_fast.fisher import estimate_fisher
 from ewc_fast.functional import check_lambda
-from ewc_fast.layout import module_edges, name_parameters, own_name, select_parameters
-from ewc_fast.ops import autograd
+from ewc_fast.layout import Slot, module_edges, name_parameters, own_name, select_parameters
+from ewc_fast.ops import autograd, steps
 from ewc_fast.ops import penalty as ops
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
-from ewc_fast.optim.attach import COUPLINGS, NOT_IN_OPTIMIZER, AttachHandle
-from ewc_fast.parts import Part, PartResult, raise_with_names, split_by_grad_dtype
+from ewc_fast.optim.attach import NOT_IN_OPTIMIZER, AttachHandle, Attachment, check_coupling
+from ewc_fast.optim.metrics import rates_of, step_metric
+from ewc_fast.parts import Part, PartResult, lambda_factors, raise_with_names, split_by_grad_dtype
 from ewc_fast.state import EWCState, SlotMapping, protected_part
 
 # A penalty that was computed with a graph so often, and never differentiated, is most likely detached by mistake.
@@ -27,7 +29,7 @@ _GRAPHS_WITHOUT_BACKWARD = 100
 
 _PARAMETER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-_attached: weakref.WeakSet[AttachHandle] = weakref.WeakSet()
+_attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
 class EWCLoss:
@@ -55,6 +57,8 @@ class EWCLoss:
         params: What to protect, if not all: names, shell patterns or parameters.
         backend: ``"auto"``: kernels where they are built, else plain PyTorch, which is said once; ``"native"``: kernels
             or an error; ``"reference"``: plain PyTorch.
+        lambda_by: Factors of lambda by name or shell pattern (``{"classifier.*": 0.1}``); the first that fits a
+            parameter counts.
 
     Raises:
         ValueError: An argument is out of range; names it.
@@ -71,6 +75,8 @@ class EWCLoss:
         anchor_dtype: torch.dtype | None = None,
         params: Iterable[str | Tensor] | None = None,
         backend: str = "auto",
+        *,
+        lambda_by: Mapping[str, float] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -84,6 +90,7 @@ class EWCLoss:
         self._selection = None if params is None else name_parameters(model, params)
         self._said: set[str] = set()
         self._selected, _, _ = self._select()
+        self._lambda_by = self._checked_factors(lambda_by or {})
         if backend == "native" and self._selected:
             ops.use_native(next(iter(self._selected.values())).device, backend)
         self._mean_fisher = 0.0
@@ -94,7 +101,7 @@ class EWCLoss:
         self._edges: list[tuple[dict[str, Any], str, Any]] = []
         self._trainable: list[tuple[nn.Parameter, bool, torch.Size]] = []
         self._newest: dict[Hashable, list[PartResult]] = {}
-        self._handles: weakref.WeakSet[AttachHandle] = weakref.WeakSet()  # an optimizer's hook keeps its handle
+        self._handles: weakref.WeakSet[Attachment] = weakref.WeakSet()  # an optimizer's hook keeps its handle
         self._graphs = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,6 +158,18 @@ class EWCLoss:
     def info(self) -> dict[str, Any] | None:
         """How the newest Fisher was estimated; None if the caller gave it without saying."""
         return self._state.info
+
+    def _checked_factors(self, lambda_by: Mapping[str, float]) -> dict[str, float]:
+        for pattern, factor in lambda_by.items():
+            check_lambda(factor, f"lambda_by[{pattern!r}]")
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in self._selected):
+                raise ValueError(
+                    f"lambda_by: {pattern!r} is no protected parameter; names look like {list(self._selected)[:3]}"
+                )
+        return {pattern: float(factor) for pattern, factor in lambda_by.items()}
+
+    def _lambda_factor(self, name: str) -> float:
+        return next((f for pattern, f in self._lambda_by.items() if fnmatch.fnmatchcase(name, pattern)), 1.0)
 
     def _fill_scalars(self) -> None:
         for ewc_lambda, delta in self._scalars.values():
@@ -358,6 +377,7 @@ class EWCLoss:
                     [s.offset for s in slots],
                     [stride for s in slots for stride in s.strides],
                     *self._scalars_on(g.group.device),
+                    scale=self._scale(slots, g.group.device),
                     constant=g.constant,
                 ),
                 buffer=self._buffers.setdefault((g.group.device, g.group.dtype), autograd.GradientBuffer()),
@@ -374,6 +394,10 @@ class EWCLoss:
         self._trainable = [(p, p.requires_grad, p.shape) for p in bound.values()]
         self._generation += 1
         return moved
+
+    def _scale(self, slots: list[Slot], device: torch.device) -> Tensor | None:
+        factors = [self._lambda_factor(slot.name) for slot in slots]
+        return lambda_factors(factors, device) if any(factor != 1.0 for factor in factors) else None
 
     def _parts(self) -> list[Part]:
         """What to penalise, after a check that costs microseconds: is the model still made of the same objects?
@@ -472,9 +496,9 @@ class EWCLoss:
         reads_only = not torch.compiler.is_compiling() and self._lambda == 0.0
 
         def op(part: Part) -> list[PartResult]:
-            params = part.protected(part.params)
             if reads_only:
-                return [(part, ops.penalty(params, part.quadratic, backend=self.backend))]
+                return [(part, self._value(part))]
+            params = part.protected(part.params)
             grads: list[Tensor] = []
             fresh = []
             for p in part.params:
@@ -506,6 +530,36 @@ class EWCLoss:
         self._record(key, results)
         return results
 
+    def _value(self, part: Part) -> PenaltyResult:
+        return ops.penalty(part.protected(part.params), part.quadratic, backend=self.backend)
+
+    def _pull(self, handle: Attachment, optimizer: torch.optim.Optimizer, found_inf: Tensor | None) -> None:
+        """The proximal pull on what an optimizer has just stepped; of what it skipped, the value alone."""
+        reads_only = self._lambda == 0.0
+
+        def op(part: Part) -> list[PartResult]:
+            skipped = [i for i, p in enumerate(part.params) if p.grad is None]
+            if reads_only or len(skipped) == len(part.params):
+                return [(part, self._value(part))]
+            if skipped:
+                stepped = [i for i in range(len(part.params)) if i not in set(skipped)]
+                rest = part.subset(skipped)
+                return [(rest, self._value(rest)), *op(part.subset(stepped))]
+            device = part.quadratic.anchor.device
+            metric = step_metric(optimizer, optimizer.param_groups[part.group], part.params)
+            result = steps.proximal_(
+                part.protected(part.params),
+                part.protected(metric.moments) if metric.moments else [],
+                part.step_quadratic,
+                rates_of(metric, len(part.params), device),
+                None if found_inf is None else found_inf.to(device, non_blocking=True),
+                root=metric.root,
+                backend=self.backend,
+            )
+            return [(part, result)]
+
+        self._record(handle, self._run(handle.parts, op))
+
     def _watch_graphs(self, results: list[PartResult]) -> None:
         self._graphs += 1
         if self._graphs == _GRAPHS_WITHOUT_BACKWARD and not any(b.handed_out for b in self._buffers.values()):
@@ -517,6 +571,8 @@ class EWCLoss:
     # ---- what the newest pass said ----
 
     def _record(self, key: Hashable, results: list[PartResult]) -> None:
+        if isinstance(key, Attachment) and key.every > 1:
+            results = [(part, r.weighted(1 / key.every)) for part, r in results]
         if key is None:
             self._newest = {None: results}
             return
@@ -570,16 +626,23 @@ class EWCLoss:
 
     # ---- level 2 ----
 
-    def attach(self, optimizer: torch.optim.Optimizer, coupling: str = "coupled") -> AttachHandle:
-        """Level 2: every step of the optimizer adds the penalty's gradient first; leave ``ewc()`` out of the loss.
+    def attach(self, optimizer: torch.optim.Optimizer, coupling: str = "coupled", *, every: int = 1) -> AttachHandle:
+        """Level 2: the penalty acts at every step of the optimizer; leave ``ewc()`` out of the loss.
 
         Once per step, whatever the gradient accumulation. Under a GradScaler that leaves unscaling to the optimizer the
-        gradient is scaled with the others, and left alone on overflow.
+        gradient is scaled with the others, and left alone on overflow. A parameter group may have a factor of lambda of
+        its own, under the key ``"ewc_lambda_scale"``; it multiplies that of ``lambda_by``.
 
         Args:
-            optimizer: Any torch optimizer that is stepped without a closure. From one that maximises the penalty is
-                subtracted.
-            coupling: ``"coupled"``: as if the penalty were in the loss.
+            optimizer: Any torch optimizer. From one that maximises the penalty is subtracted.
+            coupling: ``"coupled"``: the penalty's gradient joins the task's before the step, as if it were in the loss;
+                a step with a closure is refused. ``"proximal"``: after the step the penalty's own is taken implicitly,
+                ``theta = (D theta + lr lambda (F + delta) theta*) / (D + lr lambda (F + delta))``, with D what turns a
+                constant gradient g into the optimizer's step ``lr g / D`` (``sqrt(v_hat) + eps`` for Adam, ``1 -
+                momentum`` for SGD; 1 where it is not known, which is said): stable for every lambda, with the same
+                stationary points. It needs no gradients; what the step skipped (no gradient) is skipped.
+            every: Act at each k-th step, with k times the weight: cheaper by as much, and an approximation, as lazy
+                regularisation is (Karras et al. 2020). Under ``"coupled"`` keep k times lambda below where it diverges.
 
         Returns:
             A handle; ``handle.remove()`` detaches. The optimizer keeps it, and a copy of the optimizer does not: attach
@@ -587,17 +650,47 @@ class EWCLoss:
 
         Raises:
             TypeError: Not a torch optimizer.
-            ValueError: It is attached to this optimizer already, or there is no such coupling.
+            ValueError: It is attached to this optimizer already, there is no such coupling, ``every`` is no positive
+                integer, the optimizer has none of the model's parameters, or steps inside the backward, or is
+                differentiable; under ``"proximal"``: a parameter group has no learning rate.
         """
-        if coupling not in COUPLINGS:
-            raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)} in this version, got {coupling!r}")
+        check_coupling(coupling)
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a positive integer, got {every!r}")
+        self._check_attachable(optimizer, coupling)
+        handle = AttachHandle(self, optimizer, coupling, every)
+        self._register(handle)
+        return handle
+
+    def _check_attachable(self, optimizer: torch.optim.Optimizer, coupling: str) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if self.is_attached(optimizer):
             raise ValueError("this EWCLoss is attached to this optimizer already: remove() the first handle")
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        kind = type(optimizer).__name__
+        if kind == "LayerWiseDummyOptimizer" or hasattr(optimizer, "fused_backward"):
+            raise ValueError(
+                f"{kind} updates the weights inside the backward, where no step's hook can act: use an optimizer that "
+                "updates them in step()"
+            )
+        every = {id(p) for p in self.model.parameters()}
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        if stepped and not any(id(p) in every for p in stepped):
+            raise ValueError(
+                f"optimizer: none of its {len(stepped)} parameters (the first has shape {tuple(stepped[0].shape)}) is "
+                "the model's: build it from the parameters of the model as it is now, after wrapping"
+            )
+        for i, group in enumerate(optimizer.param_groups):
+            if group.get("differentiable"):
+                raise ValueError(f"param_groups[{i}] is differentiable, which the penalty's step is not")
+            if coupling == "proximal" and "lr" not in group:
+                raise ValueError(f"param_groups[{i}] has no lr, without which there is no proximal step: set it")
+
+    def _register(self, handle: Attachment) -> None:
+        """Says where a penalty cannot act, or acts twice, and keeps the handle in mind."""
         self._selected, _, _ = self._select()
-        mine = stepped & {id(p) for p in self._selected.values()}
+        mine = {id(p) for group in handle.param_groups() for p in group["params"]}
+        mine &= {id(p) for p in self._selected.values()}
         if self._selected and not mine:
             self._say_once(NOT_IN_OPTIMIZER)
         for other in list(_attached):
@@ -606,10 +699,38 @@ class EWCLoss:
                 self._say_once(
                     "a parameter is penalised by two attached penalties: remove() the handle that is not wanted"
                 )
-        handle = AttachHandle(self, optimizer)
         self._handles.add(handle)
         _attached.add(handle)
-        return handle
+
+    def clip_grad_norm_(
+        self,
+        parameters: Tensor | Iterable[Tensor],
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> Tensor:
+        """Clips the *sum* of the task's and the penalty's gradient, as if the penalty were in the loss.
+
+        :func:`torch.nn.utils.clip_grad_norm_` before an attached optimizer's step clips the task's gradient alone, to
+        which the step then adds the penalty's. This adds it first, to whatever is attached with ``"coupled"``, and the
+        coming step adds none. Call it once per step, with a GradScaler after ``scaler.unscale_``. A proximal pull is no
+        gradient and is not clipped.
+
+        Args:
+            parameters: As for torch's function, as are the others.
+            max_norm: Of the sum.
+            norm_type: Which norm.
+            error_if_nonfinite: Raise where the norm is NaN or infinite.
+            foreach: torch's implementation.
+
+        Returns:
+            The sum's norm before clipping, 0-dim.
+        """
+        for handle in list(self._handles):
+            if handle.optimizer is not None and handle.coupling == "coupled":
+                handle.add_now()
+        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
     def is_attached(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether :meth:`attach` has been called for this optimizer, and the handle not removed."""
@@ -618,7 +739,7 @@ class EWCLoss:
     def _is_attached(self) -> bool:
         return len(self._handles) > 0 and any(handle.optimizer is not None for handle in self._handles)
 
-    def _detach(self, handle: AttachHandle) -> None:
+    def _detach(self, handle: Attachment) -> None:
         if handle in self._handles:
             self._handles.discard(handle)
             _attached.discard(handle)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ewc_fast.layout import Slot
 from ewc_fast.ops.autograd import GradientBuffer
 from ewc_fast.ops.memory import same_memory_order
-from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
+from ewc_fast.ops.types import FlatQuadratic, PenaltyResult, StepQuadratic
 
 
 @dataclass(eq=False)
@@ -27,6 +27,7 @@ class Part:
         quadratic: The state, as the ops take it.
         buffer: Level 1's gradient buffer; shared by a part's subsets.
         maximize: Whether the optimizer that steps these parameters maximises.
+        group: Which of its parameter groups they are in, where that matters.
     """
 
     params: list[nn.Parameter]
@@ -35,18 +36,29 @@ class Part:
     quadratic: FlatQuadratic
     buffer: GradientBuffer
     maximize: bool = False
+    group: int = 0
 
     def __post_init__(self) -> None:
         self.dtype = self.params[0].dtype if self.params else None
         self._whole = all(n is None for n in self.rows)
 
-    def subset(self, chosen: list[int], *, maximize: bool = False) -> Part:
-        """The same state, of some of the parameters."""
+    def subset(self, chosen: list[int], *, maximize: bool = False, factors: Sequence[float] | None = None) -> Part:
+        """The same state, of some of the parameters.
+
+        Args:
+            chosen: Their positions.
+            maximize: See the class.
+            factors: Of each one's lambda, beside those that it has.
+        """
         q, slots = self.quadratic, [self.slots[i] for i in chosen]
         index = torch.tensor(chosen, dtype=torch.long, device=q.anchor.device)
+        scale = None if q.scale is None else q.scale[index]
+        if factors is not None and any(factor != 1.0 for factor in factors):
+            scale = lambda_factors(factors, q.anchor.device) * (1.0 if scale is None else scale)
         quadratic = q._replace(
             offsets=[s.offset for s in slots],
             strides=[stride for s in slots for stride in s.strides],
+            scale=scale,
             constant=None if q.constant is None else q.constant[index],
         )
         params, rows = [self.params[i] for i in chosen], [self.rows[i] for i in chosen]
@@ -56,6 +68,12 @@ class Part:
         """The same state, without some of the parameters."""
         return self.subset([i for i, s in enumerate(self.slots) if s.name not in names], maximize=self.maximize)
 
+    @property
+    def step_quadratic(self) -> StepQuadratic:
+        """The quadratic as optimizer steps take it."""
+        q = self.quadratic
+        return StepQuadratic(q.strides, q.anchor, q.fisher, q.offsets, q.ewc_lambda, q.delta, q.scale, q.constant)
+
     def protected(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The protected rows of tensors shaped like the parameters."""
         if self._whole:
@@ -64,6 +82,11 @@ class Part:
 
 
 PartResult = tuple[Part, PenaltyResult]
+
+
+def lambda_factors(factors: Sequence[float], device: torch.device) -> Tensor:
+    """Factors of lambda as the ops take them."""
+    return torch.tensor(factors, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 def split_by_grad_dtype(part: Part, error: Exception) -> list[Part]:

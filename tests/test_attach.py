@@ -273,8 +273,27 @@ def test_under_a_gradient_scaler(overflow: bool) -> None:
 def test_bad_arguments() -> None:
     model, ewc = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="coupling must be one of coupled"):
+    with pytest.raises(ValueError, match="coupling must be one of coupled, proximal, got 'copled'"):
         ewc.attach(optimizer, coupling="copled")
+    for every in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="every must be a positive integer"):
+            ewc.attach(optimizer, every=every)
+    with pytest.raises(ValueError, match=r"none of its 1 parameters \(the first has shape \(3,\)\) is the model's"):
+        ewc.attach(torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1))
+    differentiable = torch.optim.SGD(model.parameters(), lr=0.1, differentiable=True)
+    with pytest.raises(ValueError, match=r"param_groups\[0\] is differentiable"):
+        ewc.attach(differentiable)
+    without = torch.optim.SGD(model.parameters(), lr=0.1)
+    del without.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match=r"param_groups\[0\] has no lr"):
+        ewc.attach(without, coupling="proximal")
+
+    class Fused(torch.optim.SGD):
+        def fused_backward(self, loss: Tensor) -> None: ...
+
+    with pytest.raises(ValueError, match="Fused updates the weights inside the backward"):
+        ewc.attach(Fused(model.parameters(), lr=0.1))
+    assert not any(ewc.is_attached(o) for o in (optimizer, differentiable, without))
     with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer"):
         ewc.attach(model)
     ewc.attach(optimizer)
@@ -326,9 +345,11 @@ def test_a_penalty_that_acts_twice_is_reported_once() -> None:
 
 
 def test_a_penalty_outside_the_optimizer_is_reported_once() -> None:
-    model, ewc = make()
+    model, _ = make()
+    ewc = EWCLoss(model, LAMBDA, params=["0.*"])
+    ewc.consolidate(fisher={n: torch.rand(p.shape) for n, p in model.named_parameters() if n.startswith("0")})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ewc.attach(optimizer := torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+        ewc.attach(optimizer := torch.optim.SGD(model[2].parameters(), lr=0.1))
         optimizer.step()
     assert len(caught) == 1 and "none of the parameters that EWC protects" in str(caught[0].message)

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common.h"
 #include "penalty_kernels.h"
 #include "penalty_ops.h"
 #include "streaming.h"
@@ -17,7 +18,6 @@ namespace {
 constexpr int64_t kStreamFrom = 32 << 20;
 
 using BlockFn = void (*)(const void*, void*, const void*, const void*, int64_t, double, double, double*);
-using ConvertFn = void (*)(const void*, void*, int64_t);
 
 // What to run for a combination of dtypes: `block` on the tensors themselves, or on scratch filled by the converters.
 struct Plan {
@@ -38,26 +38,6 @@ BlockFn with_state(at::ScalarType anchor, at::ScalarType fisher) {
   if (anchor == at::kFloat) return with_fisher<mode, P, G, float>(fisher);
   if (anchor == at::kBFloat16) return with_fisher<mode, P, G, bf16>(fisher);
   return nullptr;
-}
-
-template <typename M>
-ConvertFn widener(at::ScalarType from) {
-  switch (from) {
-    case at::kDouble: return widen<double, M>;
-    case at::kBFloat16: return widen<bf16, M>;
-    case at::kHalf: return widen<f16, M>;
-    default: return widen<float, M>;
-  }
-}
-
-template <typename M>
-ConvertFn narrower(at::ScalarType to) {
-  switch (to) {
-    case at::kDouble: return narrow<double, M>;
-    case at::kBFloat16: return narrow<bf16, M>;
-    case at::kHalf: return narrow<f16, M>;
-    default: return narrow<float, M>;
-  }
 }
 
 template <Mode mode, typename M>
@@ -106,44 +86,6 @@ void run_block(const Plan& plan, const void* p, void* g, const void* a, const vo
     if constexpr (mode != Mode::kValue) plan.narrow_g(scratch[3], out, n);
   }
   if (stream) stream_copy(g, out, n * g_size);
-}
-
-template <typename T>
-T* advance(T* pointer, int64_t bytes) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return pointer == nullptr ? nullptr : static_cast<Byte*>(pointer) + bytes;
-}
-
-double read(const at::Tensor& t, int64_t i = 0) {
-  return t.scalar_type() == at::kDouble ? t.const_data_ptr<double>()[i]
-                                        : static_cast<double>(t.const_data_ptr<float>()[i]);
-}
-double read(const std::optional<at::Tensor>& t, int64_t i, double otherwise) {
-  return t.has_value() ? read(*t, i) : otherwise;
-}
-
-void write(const at::Tensor& t, double x) {
-  if (t.scalar_type() == at::kDouble) {
-    *t.mutable_data_ptr<double>() = x;
-  } else {
-    *t.mutable_data_ptr<float>() = static_cast<float>(x);
-  }
-}
-
-void fill_result(const Result& result, const std::vector<double>& weighted, const std::vector<double>& squared,
-                 double ewc_lambda, double delta, const std::optional<at::Tensor>& scale,
-                 const std::optional<at::Tensor>& constant) {
-  const auto& [penalty, predicted, by_tensor] = result;
-  const int64_t n = static_cast<int64_t>(weighted.size());
-  double* parts = by_tensor.mutable_data_ptr<double>();
-  double total = 0, forgetting = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double c = read(constant, i, 0.0);
-    total += parts[i] = penalty_value(ewc_lambda, delta, read(scale, i, 1.0), weighted[i], c, squared[i]);
-    forgetting += parts[n + i] = predicted_forgetting(weighted[i], c);
-  }
-  write(penalty, total);
-  write(predicted, forgetting);
 }
 
 struct Cpu {
@@ -223,13 +165,7 @@ void scale_(at::Tensor buffer, const at::Tensor& factor_) {
   const double factor = read(factor_);
   bump_version(buffer);  // in any case, as on devices where only the kernel knows the factor
   if (factor == 1.0) return;
-  void (*block)(void*, int64_t, double) = scale_block<float>;
-  switch (buffer.scalar_type()) {
-    case at::kDouble: block = scale_block<double>; break;
-    case at::kBFloat16: block = scale_block<bf16>; break;
-    case at::kHalf: block = scale_block<f16>; break;
-    default: break;
-  }
+  const ScaleFn block = scaler(buffer.scalar_type());
   void* data = buffer.mutable_data_ptr();
   const int64_t size = buffer.element_size();
   at::parallel_for(0, buffer.numel(), kChunk, [&](int64_t begin, int64_t end) {
@@ -238,6 +174,13 @@ void scale_(at::Tensor buffer, const at::Tensor& factor_) {
 }
 
 }  // namespace
+
+void penalty_sums(at::ScalarType param, at::ScalarType anchor, at::ScalarType fisher, const void* p, const void* a,
+                  const void* f, int64_t n, double delta, double* sums) {
+  const Plan plan = make_plan<Mode::kValue>(param, param, anchor, fisher);
+  run_block<Mode::kValue>(plan, p, nullptr, a, f, n, 0, delta, 0.0, false, sums);
+}
+
 }  // namespace ewc
 
 TORCH_LIBRARY_IMPL(ewc_fast, CPU, m) {

@@ -50,3 +50,11 @@ def register() -> None:
     def _(fisher: list[Tensor], grads: list[Tensor], weight: float = 1.0) -> None:
         if fisher:
             _check_devices(fisher[0].device, fisher, grads)
+
+    def step(params: list[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Of an optimizer: all tensors on one device; where there is no parameter, an anchor says which."""
+        tensors = [a for a in (*params, *args, *kwargs.values()) if isinstance(a, Tensor)]
+        return _result(params, tensors[0], *args, *kwargs.values())
+
+    for name in ("adamw_", "sgd_", "proximal_"):
+        torch.library.register_fake(f"ewc_fast::{name}")(step)

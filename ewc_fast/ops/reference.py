@@ -24,11 +24,13 @@ def _math_dtype(params: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if params and params[0].dtype == torch.float64 else torch.float32
 
 
-def _sum_dtype(device: torch.device) -> torch.dtype:
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """In which dtype a device can sum."""
     return torch.float32 if device.type == "mps" else torch.float64  # Metal has no fp64
 
 
-def _check_scalar(t: Tensor | None, name: str, device: torch.device) -> None:
+def check_scalar(t: Tensor | None, name: str, device: torch.device) -> None:
+    """Raises unless it is one number on that device."""
     if t is None:
         return
     if t.numel() != 1:
@@ -50,38 +52,45 @@ def _check_per_tensor(t: Tensor | None, name: str, count: int, device: torch.dev
         raise ValueError(f"{name} is on {t.device}, expected {device}")
 
 
-def _check_scalars(
+def check_scalars(
     q: FlatQuadratic, count: int, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
 ) -> None:
+    """Raises unless the scalars fit, each with its name."""
     device = q.anchor.device
-    _check_scalar(q.ewc_lambda, "ewc_lambda", device)
-    _check_scalar(q.delta, "delta", device)
+    check_scalar(q.ewc_lambda, "ewc_lambda", device)
+    check_scalar(q.delta, "delta", device)
     _check_per_tensor(q.scale, "scale", count, device, fp32_allowed=True)
     _check_per_tensor(q.constant, "constant", count, device, fp32_allowed=device.type == "mps")
-    _check_scalar(grad_scale, "grad_scale", device)
-    _check_scalar(found_inf, "found_inf", device)
+    check_scalar(grad_scale, "grad_scale", device)
+    check_scalar(found_inf, "found_inf", device)
 
 
-def _overlaps(t: Tensor) -> bool:
+def overlaps(t: Tensor) -> bool:
+    """Whether elements share memory."""
     return any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True))
 
 
-def _view(flat: Tensor, p: Tensor, strides: Sequence[int], offset: int) -> Tensor:
+def view(flat: Tensor, p: Tensor, strides: Sequence[int], offset: int) -> Tensor:
     """A parameter's slice of a flat buffer, which may itself be a view of something larger."""
     return flat.narrow(0, offset, p.numel()).as_strided(p.shape, strides)
 
 
-def _check(params: Sequence[Tensor], q: FlatQuadratic, grads: Sequence[Tensor] | None = None) -> list[Sequence[int]]:
-    """Raises what the native ops raise, before anything is written; returns each parameter's strides in the buffers."""
-    for name, flat in (("anchor", q.anchor), ("fisher", q.fisher)):
+def check_buffers(anchor: Tensor, fisher: Tensor) -> None:
+    """Raises unless they are flat buffers of dtypes that a state may have."""
+    for name, flat in (("anchor", anchor), ("fisher", fisher)):
         if flat.dtype == torch.float16:
             raise ValueError(f"{name} is float16, which zeroes small Fisher entries: use bfloat16, float32 or float64")
         if flat.dtype not in _STATE_DTYPES:
             raise TypeError(f"{name} has dtype {flat.dtype}; expected float64, float32 or bfloat16")
-        if flat.dim() != 1 or not flat.is_contiguous() or flat.numel() != q.anchor.numel():
+        if flat.dim() != 1 or not flat.is_contiguous() or flat.numel() != anchor.numel():
             raise ValueError(f"{name} must be a flat (1-D, contiguous) buffer as long as the anchor")
-        if flat.device != q.anchor.device:
-            raise ValueError(f"{name} is on {flat.device}, anchor on {q.anchor.device}")
+        if flat.device != anchor.device:
+            raise ValueError(f"{name} is on {flat.device}, anchor on {anchor.device}")
+
+
+def _check(params: Sequence[Tensor], q: FlatQuadratic, grads: Sequence[Tensor] | None = None) -> list[Sequence[int]]:
+    """Raises what the native ops raise, before anything is written; returns each parameter's strides in the buffers."""
+    check_buffers(q.anchor, q.fisher)
     for name, count in (("offsets", len(q.offsets)), ("grads", len(params) if grads is None else len(grads))):
         if count != len(params):
             raise ValueError(f"{name} has {count} entries for {len(params)} parameters")
@@ -102,7 +111,7 @@ def _check(params: Sequence[Tensor], q: FlatQuadratic, grads: Sequence[Tensor] |
                 raise ValueError(f"{which}[{i}] is on {t.device}, anchor on {q.anchor.device}")
             if t.shape != p.shape:
                 raise ValueError(f"grads[{i}] has shape {tuple(t.shape)}, its parameter {tuple(p.shape)}")
-            if which == "grads" and _overlaps(t):
+            if which == "grads" and overlaps(t):
                 raise ValueError(f"grads[{i}] has strides {t.stride()}: elements share memory; clone() it first")
         if len(strides) != p.dim() or not same_memory_order(p, strides):
             raise ValueError(f"params[{i}] has strides {p.stride()}, the state is laid by {tuple(strides)}")
@@ -119,12 +128,12 @@ def _check(params: Sequence[Tensor], q: FlatQuadratic, grads: Sequence[Tensor] |
 def _pass(
     params: Sequence[Tensor], q: FlatQuadratic, strides: Sequence[Sequence[int]], *, gradients: bool
 ) -> tuple[PenaltyResult, list[Tensor]]:
-    math, sums = _math_dtype(params), _sum_dtype(q.anchor.device)
+    math, sums = _math_dtype(params), sum_dtype(q.anchor.device)
     ewc_lambda, delta = q.ewc_lambda.reshape(()).to(sums), q.delta.reshape(())
     penalties, predictions, unscaled = [], [], []
     for i, p in enumerate(params):
-        anchor = _view(q.anchor, p, strides[i], q.offsets[i]).to(math)
-        fisher = _view(q.fisher, p, strides[i], q.offsets[i]).to(math)
+        anchor = view(q.anchor, p, strides[i], q.offsets[i]).to(math)
+        fisher = view(q.fisher, p, strides[i], q.offsets[i]).to(math)
         d = p.to(math) - anchor
         weighted, squared = (fisher * d * d).sum(dtype=sums), (d * d).sum(dtype=sums)
         if q.constant is not None:
@@ -162,7 +171,7 @@ def _factor_and_acts(
 @torch.no_grad()
 def penalty(params: Sequence[Tensor], q: FlatQuadratic) -> PenaltyResult:
     """The value alone."""
-    _check_scalars(q, len(params))
+    check_scalars(q, len(params))
     return _pass(params, q, _check(params, q), gradients=False)[0]
 
 
@@ -175,7 +184,7 @@ def penalty_grad(
     found_inf: Tensor | None = None,
 ) -> PenaltyResult:
     """The value, and the gradient written into ``grad``."""
-    _check_scalars(q, len(params), grad_scale, found_inf)
+    check_scalars(q, len(params), grad_scale, found_inf)
     strides = _check(params, q)
     if grad.dtype not in _DTYPES:
         raise TypeError(f"grad has dtype {grad.dtype}; expected float64, float32, bfloat16 or float16")
@@ -201,7 +210,7 @@ def penalty_accumulate_(
     maximize: bool = False,
 ) -> PenaltyResult:
     """The value, and the gradient added to ``grads`` in place (subtracted with ``maximize``)."""
-    _check_scalars(q, len(params), grad_scale, found_inf)
+    check_scalars(q, len(params), grad_scale, found_inf)
     result, gradients = _pass(params, q, _check(params, q, grads), gradients=True)
     for i, (g, out) in enumerate(zip(gradients, grads, strict=True)):
         factor, acts = _factor_and_acts(q, i, grad_scale, found_inf, g.dtype)
@@ -217,7 +226,7 @@ def scale_(buffer: Tensor, factor: Tensor) -> None:
         raise TypeError(f"buffer has dtype {buffer.dtype}; expected float64, float32, bfloat16 or float16")
     if not buffer.is_contiguous():
         raise ValueError("buffer must be contiguous")
-    _check_scalar(factor, "factor", buffer.device)
+    check_scalar(factor, "factor", buffer.device)
     buffer.mul_(factor.reshape(()))
 
 

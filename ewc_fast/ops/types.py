@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -31,6 +32,27 @@ class FlatQuadratic(NamedTuple):
     constant: Tensor | None = None
 
 
+class StepQuadratic(NamedTuple):
+    """The quadratic as optimizer steps take it: some parameters, or all, may have none.
+
+    Attributes:
+        strides: The strides, parameter after parameter, in whose memory order a parameter's tensors are read; where it
+            is protected, those of its slice.
+        anchor, fisher: As in :class:`FlatQuadratic`; None where no parameter is protected.
+        offsets: Each parameter's first element in them, -1 for one that is not protected.
+        ewc_lambda, delta, scale, constant: As in :class:`FlatQuadratic`; one entry per parameter in the last two.
+    """
+
+    strides: list[int]
+    anchor: Tensor | None
+    fisher: Tensor | None
+    offsets: list[int]
+    ewc_lambda: Tensor | None = None
+    delta: Tensor | None = None
+    scale: Tensor | None = None
+    constant: Tensor | None = None
+
+
 class PenaltyResult(NamedTuple):
     """What one pass returns.
 
@@ -44,3 +66,8 @@ class PenaltyResult(NamedTuple):
     penalty: Tensor
     predicted: Tensor
     by_tensor: Tensor
+
+    def weighted(self, factor: float) -> PenaltyResult:
+        """The same with the penalty times a factor."""
+        penalties, predictions = self.by_tensor.unbind()
+        return PenaltyResult(self.penalty * factor, self.predicted, torch.stack([penalties * factor, predictions]))

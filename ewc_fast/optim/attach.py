@@ -1,4 +1,4 @@
-"""The penalty's gradient added at the optimizer's step: once per step, whatever the gradient accumulation."""
+"""The penalty at the optimizer's step: once per step, whatever the gradient accumulation."""
 
 from __future__ import annotations
 
@@ -7,24 +7,41 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ewc_fast.optim.metrics import is_known
+
 if TYPE_CHECKING:
     from ewc_fast.loss import EWCLoss
     from ewc_fast.parts import Part
 
-COUPLINGS = ("coupled",)
+COUPLINGS = ("coupled", "proximal")
 NOT_IN_OPTIMIZER = "none of the parameters that EWC protects is in the attached optimizer: the penalty has no effect"
+SCALE_KEY = "ewc_lambda_scale"  # of a parameter group: a factor of lambda
 
 
-class AttachHandle:
-    """A penalty attached to an optimizer; returned by :meth:`ewc_fast.EWCLoss.attach`."""
+def check_coupling(coupling: str) -> None:
+    """Raises unless there is such a coupling."""
+    if coupling not in COUPLINGS:
+        raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}")
 
-    def __init__(self, ewc: EWCLoss, optimizer: torch.optim.Optimizer) -> None:
-        self.ewc = ewc
-        self._optimizer = weakref.ref(optimizer)  # which keeps this handle, not the other way round
+
+class Attachment:
+    """A penalty and the optimizer that it meets at every step.
+
+    Args:
+        ewc: The penalty.
+        optimizer: Which keeps this object, not the other way round.
+        coupling: One of :data:`COUPLINGS`.
+        every: Act at each so many steps, with so many times the weight.
+    """
+
+    def __init__(self, ewc: EWCLoss, optimizer: torch.optim.Optimizer, coupling: str, every: int = 1) -> None:
+        self.ewc, self.coupling, self.every = ewc, coupling, every
+        self._optimizer = weakref.ref(optimizer)
         self._parts: list[Part] = []
         self._key: tuple[object, ...] | None = None
         self._names: set[str] = set()
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        self.added = False  # coupled: this step's gradient is in the gradients already
+        self._steps = 0
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -38,37 +55,44 @@ class AttachHandle:
 
     def remove(self) -> None:
         """Detaches the penalty; the optimizer is as it was. A second call does nothing."""
-        self._hook.remove()
         self.ewc._detach(self)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # args holds the optimizer itself where torch passes it on.
-        closure = kwargs.get("closure", next((a for a in args if a is not optimizer), None))
-        if closure is not None:
-            raise RuntimeError(
-                "optimizer.step was called with a closure, whose zero_grad would erase the penalty's gradient: "
-                "detach, and call ewc.accumulate_grad_() at the end of the closure, after its backward"
-            )
-        self.ewc._accumulate(
-            self,
-            self.parts,
-            grad_scale=getattr(optimizer, "grad_scale", None),
-            found_inf=getattr(optimizer, "found_inf", None),
-        )
+    def acts(self) -> bool:
+        """Whether this step is one of each so many; called once per step."""
+        self._steps += 1
+        return (self._steps - 1) % self.every == 0
+
+    def add_now(self) -> None:
+        """Adds this step's gradient before the step, which then adds none."""
+        if not self.added and self._steps % self.every == 0:
+            self.ewc._accumulate(self, self.parts)
+        self.added = True
 
     def parts(self) -> list[Part]:
-        """The protected parameters that this optimizer steps, one part per device, dtype and direction."""
+        """The protected parameters that this optimizer steps, a part per device, dtype and what the coupling needs:
+        direction, or parameter group."""
         groups = self.param_groups()
         whole = self.ewc._parts()
-        key = (self.ewc._generation, *((g.get("maximize", False), *map(id, g["params"])) for g in groups))
+        key = (
+            self.ewc._generation,
+            *((g.get("maximize", False), g.get(SCALE_KEY, 1.0), *map(id, g["params"])) for g in groups),
+        )
         if key != self._key:
+            members = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
+            kinds: dict[tuple[int, Any], list[int]] = {}
+            for n, part in enumerate(whole):
+                for i, p in enumerate(part.params):
+                    if (group := members.get(id(p))) is not None:
+                        down = not groups[group].get("maximize", False)
+                        kinds.setdefault((n, group if self.coupling == "proximal" else down), []).append(i)
             parts: list[Part] = []
-            for maximize in (False, True):
-                members = {id(p) for g in groups if bool(g.get("maximize", False)) is maximize for p in g["params"]}
-                for part in whole:
-                    chosen = [i for i, p in enumerate(part.params) if id(p) in members]
-                    if chosen:
-                        parts.append(part.subset(chosen, maximize=maximize))
+            for (n, _), chosen in kinds.items():
+                of = [members[id(whole[n].params[i])] for i in chosen]
+                factors = [lambda_scale(groups[group]) * self.every for group in of]
+                maximize = bool(groups[of[0]].get("maximize", False))
+                part = whole[n].subset(chosen, maximize=maximize, factors=factors)
+                part.group = of[0]
+                parts.append(part)
             if whole and not parts:
                 self.ewc._say_once(NOT_IN_OPTIMIZER)
             names = {slot.name for part in parts for slot in part.slots}
@@ -79,3 +103,52 @@ class AttachHandle:
                 )
             self._parts, self._key, self._names = parts, key, names
         return self._parts
+
+
+def lambda_scale(group: dict[str, Any]) -> float:
+    scale = group.get(SCALE_KEY, 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0.0 <= scale < float("inf"):
+        raise ValueError(f"{SCALE_KEY} of a parameter group must be a finite number of at least 0, got {scale!r}")
+    return float(scale)
+
+
+class AttachHandle(Attachment):
+    """A penalty attached to an optimizer; returned by :meth:`ewc_fast.EWCLoss.attach`."""
+
+    def __init__(self, ewc: EWCLoss, optimizer: torch.optim.Optimizer, coupling: str, every: int = 1) -> None:
+        super().__init__(ewc, optimizer, coupling, every)
+        if coupling == "coupled":
+            self._hook = optimizer.register_step_pre_hook(self._before_step)
+        else:
+            self._hook = optimizer.register_step_post_hook(self._after_step)
+            if not is_known(optimizer):
+                ewc._say_once(
+                    f"the metric of {type(optimizer).__name__} is not known: the proximal pull takes D = 1, as for "
+                    "plain SGD, so lambda means something else than in the loss"
+                )
+
+    def remove(self) -> None:
+        self._hook.remove()
+        super().remove()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # args holds the optimizer itself where torch passes it on.
+        closure = kwargs.get("closure", next((a for a in args if a is not optimizer), None))
+        if closure is not None:
+            raise RuntimeError(
+                "optimizer.step was called with a closure, whose zero_grad would erase the penalty's gradient: "
+                "attach with coupling='proximal', or detach and call ewc.accumulate_grad_() at the end of the closure, "
+                "after its backward"
+            )
+        if self.acts() and not self.added:
+            self.ewc._accumulate(
+                self,
+                self.parts,
+                grad_scale=getattr(optimizer, "grad_scale", None),
+                found_inf=getattr(optimizer, "found_inf", None),
+            )
+        self.added = False
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.acts():
+            self.ewc._pull(self, optimizer, found_inf=getattr(optimizer, "found_inf", None))

@@ -1,0 +1,90 @@
+// What the CPU's passes over lists of tensors share: pointers, scalars, conversions between dtypes, results.
+#pragma once
+
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "checks.h"
+#include "penalty_kernels.h"
+
+namespace ewc {
+
+// sums += F d^2 and d^2 of at most kBlock elements, for any dtypes.
+void penalty_sums(at::ScalarType param, at::ScalarType anchor, at::ScalarType fisher, const void* p, const void* a,
+                  const void* f, int64_t n, double delta, double* sums);
+
+namespace {
+
+using ConvertFn = void (*)(const void*, void*, int64_t);
+using ScaleFn = void (*)(void*, int64_t, double);
+
+template <typename M>
+ConvertFn widener(at::ScalarType from) {
+  switch (from) {
+    case at::kDouble: return widen<double, M>;
+    case at::kBFloat16: return widen<bf16, M>;
+    case at::kHalf: return widen<f16, M>;
+    default: return widen<float, M>;
+  }
+}
+
+template <typename M>
+ConvertFn narrower(at::ScalarType to) {
+  switch (to) {
+    case at::kDouble: return narrow<double, M>;
+    case at::kBFloat16: return narrow<bf16, M>;
+    case at::kHalf: return narrow<f16, M>;
+    default: return narrow<float, M>;
+  }
+}
+
+inline ScaleFn scaler(at::ScalarType of) {
+  switch (of) {
+    case at::kDouble: return scale_block<double>;
+    case at::kBFloat16: return scale_block<bf16>;
+    case at::kHalf: return scale_block<f16>;
+    default: return scale_block<float>;
+  }
+}
+
+template <typename T>
+T* advance(T* pointer, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return pointer == nullptr ? nullptr : static_cast<Byte*>(pointer) + bytes;
+}
+
+inline double read(const at::Tensor& t, int64_t i = 0) {
+  return t.scalar_type() == at::kDouble ? t.const_data_ptr<double>()[i]
+                                        : static_cast<double>(t.const_data_ptr<float>()[i]);
+}
+inline double read(const std::optional<at::Tensor>& t, int64_t i, double otherwise) {
+  return t.has_value() ? read(*t, i) : otherwise;
+}
+
+inline void write(const at::Tensor& t, double x) {
+  if (t.scalar_type() == at::kDouble) {
+    *t.mutable_data_ptr<double>() = x;
+  } else {
+    *t.mutable_data_ptr<float>() = static_cast<float>(x);
+  }
+}
+
+inline void fill_result(const Result& result, const std::vector<double>& weighted, const std::vector<double>& squared,
+                 double ewc_lambda, double delta, const std::optional<at::Tensor>& scale,
+                 const std::optional<at::Tensor>& constant) {
+  const auto& [penalty, predicted, by_tensor] = result;
+  const int64_t n = static_cast<int64_t>(weighted.size());
+  double* parts = by_tensor.mutable_data_ptr<double>();
+  double total = 0, forgetting = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double c = read(constant, i, 0.0);
+    total += parts[i] = penalty_value(ewc_lambda, delta, read(scale, i, 1.0), weighted[i], c, squared[i]);
+    forgetting += parts[n + i] = predicted_forgetting(weighted[i], c);
+  }
+  write(penalty, total);
+  write(predicted, forgetting);
+}
+
+}  // namespace
+}  // namespace ewc

@@ -1,0 +1,584 @@
+"""EWCAdamW and EWCSGD: torch's optimizers without a penalty, the penalised loss or the pull with one."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ewc_fast import EWCSGD, EWCAdamW, EWCLoss
+
+LAMBDA = 3.0
+Make = Callable[..., torch.optim.Optimizer]
+
+# Ours, torch's, and hyper-parameters away from their defaults.
+PAIRS: dict[str, tuple[Make, Make, dict[str, Any]]] = {
+    "adamw": (EWCAdamW, torch.optim.AdamW, dict(lr=0.02, betas=(0.8, 0.95), eps=1e-5, weight_decay=0.1)),
+    "amsgrad": (EWCAdamW, torch.optim.AdamW, dict(lr=0.02, betas=(0.8, 0.95), eps=1e-5, amsgrad=True)),
+    "adamw-maximize": (EWCAdamW, torch.optim.AdamW, dict(lr=0.02, maximize=True, weight_decay=0.3)),
+    "adamw-tensor-lr": (EWCAdamW, torch.optim.AdamW, dict(lr=torch.tensor(0.02), capturable=True)),
+    "sgd": (EWCSGD, torch.optim.SGD, dict(lr=0.05, weight_decay=0.1)),
+    "momentum": (EWCSGD, torch.optim.SGD, dict(lr=0.05, momentum=0.8, dampening=0.3, weight_decay=0.1)),
+    "nesterov": (EWCSGD, torch.optim.SGD, dict(lr=0.05, momentum=0.8, nesterov=True, maximize=True)),
+}
+pairs = pytest.mark.parametrize("pair", PAIRS)
+couplings = pytest.mark.parametrize("coupling", ["coupled", "proximal"])
+
+
+class Net(nn.Module):
+    """Odd sizes, a scalar, an empty tensor, a column-major matrix, a parameter that no loss reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(7, 33)
+        self.b = nn.Linear(33, 3)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+        self.unused = nn.Parameter(torch.randn(5))
+        self.b.weight = nn.Parameter(self.b.weight.detach().t().contiguous().t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x))) * self.scale + self.empty.sum()
+
+
+def make(dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Net, EWCLoss]:
+    model = Net().to(dtype)
+    ewc = EWCLoss(model, LAMBDA, **options)
+    ewc.consolidate(fisher={n: torch.rand(p.shape) for n, p in model.named_parameters()})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3)
+    return model, ewc
+
+
+def backward(model: nn.Module, batch: tuple[Tensor, Tensor], sign: float = 1.0) -> None:
+    (sign * nn.functional.cross_entropy(model(batch[0]), batch[1])).backward()
+
+
+def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(6, 7, dtype=dtype), torch.randint(3, (6,))) for _ in range(count)]
+
+
+def penalised(model: nn.Module, ewc: EWCLoss) -> Tensor:
+    """By the formula, in plain PyTorch."""
+    total: Any = 0.0
+    for n, p in model.named_parameters():
+        if n in ewc.fisher:
+            delta = ewc.damping * ewc._mean_fisher
+            d = p[: len(ewc.anchor[n])] if p.dim() and p.shape != ewc.anchor[n].shape else p
+            weights = ewc.fisher[n].to(p.dtype) + delta
+            total = total + ewc.ewc_lambda / 2 * (weights * (d - ewc.anchor[n].to(p.dtype)) ** 2).sum()
+    return total
+
+
+def same_state(a: torch.optim.Optimizer, b: torch.optim.Optimizer, **tolerance: float) -> None:
+    states_a, states_b = a.state_dict()["state"], b.state_dict()["state"]
+    for n in states_a.keys() | states_b.keys():
+        found = {k: v for k, v in states_a.get(n, {}).items() if v is not None}
+        wanted = {k: v for k, v in states_b.get(n, {}).items() if v is not None}
+        assert found.keys() == wanted.keys()
+        for k in found:
+            torch.testing.assert_close(torch.as_tensor(found[k]), torch.as_tensor(wanted[k]), **tolerance)
+
+
+def same_params(a: nn.Module, b: nn.Module, **tolerance: float) -> None:
+    for (n, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=lambda m, n=n: f"{n}: {m}", **tolerance)
+
+
+def torch_form(options: dict[str, Any]) -> dict[str, Any]:
+    """Its tensor lr is not for the fused form alone; capturable is refused off CUDA there."""
+    return {k: v for k, v in options.items() if k != "capturable"} | (
+        {"fused": True} if isinstance(options["lr"], Tensor) else {}
+    )
+
+
+@pairs
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_equals_torch_over_200_steps_with_a_save_and_load_in_the_middle(pair: str, dtype: torch.dtype) -> None:
+    ours, theirs, options = PAIRS[pair]
+    model, _ = make(dtype)
+    plain = copy.deepcopy(model)
+    optimizer, reference = ours(model.parameters(), **options), theirs(plain.parameters(), **torch_form(options))
+    tolerance = dict(rtol=1e-9, atol=1e-11) if dtype == torch.float64 else dict(rtol=2e-3, atol=2e-4)
+    for step, batch in enumerate(batches(200, dtype)):
+        if step == 71:  # into a fresh one of its own, through a file
+            file = io.BytesIO()
+            torch.save(optimizer.state_dict(), file)
+            file.seek(0)
+            optimizer = ours(model.parameters(), **options)
+            optimizer.load_state_dict(torch.load(file, weights_only=True))
+        if step == 130:  # and both change places
+            ours_state, theirs_state = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(reference.state_dict())
+            optimizer = ours(model.parameters(), **options)
+            reference = theirs(plain.parameters(), **torch_form(options))
+            optimizer.load_state_dict(theirs_state)
+            reference.load_state_dict(ours_state)
+        for m, o in ((model, optimizer), (plain, reference)):
+            o.zero_grad()
+            backward(m, batch, -1.0 if options.get("maximize") else 1.0)
+            o.step()
+        if step in (0, 1, 70, 131):
+            same_params(model, plain, **tolerance)
+    same_params(model, plain, **tolerance)
+    same_state(optimizer, reference, **tolerance)
+    assert torch.equal(model.unused, plain.unused) and model.unused.grad is None
+
+
+@pairs
+@pytest.mark.parametrize("damping", [0.0, 0.2])
+def test_coupled_equals_torch_on_the_penalised_loss(pair: str, damping: float, backend: str) -> None:
+    ours, theirs, options = PAIRS[pair]
+    model, ewc = make(damping=damping, backend=backend)
+    plain = copy.deepcopy(model)
+    optimizer = ours(model.parameters(), **options, ewc=ewc)
+    reference = theirs(plain.parameters(), **torch_form(options))
+    sign = -1.0 if options.get("maximize") else 1.0
+    for batch in batches(25):
+        optimizer.zero_grad()
+        backward(model, batch, sign)
+        optimizer.step()
+        reference.zero_grad()
+        backward(plain, batch, sign)
+        penalty = penalised(plain, ewc)
+        (sign * penalty).backward()
+        reference.step()
+        assert ewc.last_penalty.item() == pytest.approx(penalty.item(), rel=1e-9)
+        by_name = ewc.penalty_by_parameter()
+        assert by_name.keys() == dict(model.named_parameters()).keys()
+        assert sum(v.item() for v in by_name.values()) == pytest.approx(penalty.item(), rel=1e-9)
+    same_params(model, plain, rtol=1e-8, atol=1e-10)
+    same_state(optimizer, reference, rtol=1e-8, atol=1e-10)
+
+
+@pairs
+def test_proximal_equals_torch_with_an_attached_pull(pair: str, backend: str) -> None:
+    ours, theirs, options = PAIRS[pair]
+    model, ewc = make(damping=0.1, backend=backend)
+    plain = copy.deepcopy(model)
+    other = EWCLoss(plain, LAMBDA, damping=0.1, backend=backend)
+    other.load_state_dict(ewc.state_dict())
+    optimizer = ours(model.parameters(), **options, ewc=ewc, coupling="proximal")
+    other.attach(reference := theirs(plain.parameters(), **torch_form(options)), coupling="proximal")
+    for batch in batches(25):
+        for m, o in ((model, optimizer), (plain, reference)):
+            o.zero_grad()
+            backward(m, batch)
+            o.step()
+        assert ewc.last_penalty.item() == pytest.approx(other.last_penalty.item(), rel=1e-9)
+        assert ewc.predicted_forgetting.item() == pytest.approx(other.predicted_forgetting.item(), rel=1e-9)
+    same_params(model, plain, rtol=1e-8, atol=1e-10)
+    same_state(optimizer, reference, rtol=1e-8, atol=1e-10)
+    assert ewc.penalty_by_parameter().keys() == dict(model.named_parameters()).keys()  # the skipped one too
+
+
+@couplings
+def test_a_checkpoint_with_the_penalty_resumes(coupling: str) -> None:
+    model, ewc = make()
+    optimizer = EWCAdamW(model.parameters(), lr=0.02, ewc=ewc, coupling=coupling, amsgrad=True)
+    data = batches(12)
+
+    def run(m: nn.Module, o: torch.optim.Optimizer, some: list[Any]) -> None:
+        for batch in some:
+            o.zero_grad()
+            backward(m, batch)
+            o.step()
+
+    run(model, optimizer, data[:5])
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ewc": ewc.state_dict()}, file)
+    file.seek(0)
+    run(model, optimizer, data[5:])
+    saved = torch.load(file, weights_only=True)
+    again = Net().double()
+    again.load_state_dict(saved["model"])
+    other = EWCLoss(again, LAMBDA)
+    other.load_state_dict(saved["ewc"])
+    resumed = EWCAdamW(again.parameters(), lr=0.5, ewc=other, coupling=coupling)
+    resumed.load_state_dict(saved["optimizer"])
+    run(again, resumed, data[5:])
+    same_params(again, model, rtol=0, atol=0)
+    assert other.last_penalty.item() == ewc.last_penalty.item()
+
+
+def test_schedulers_closures_and_groups() -> None:
+    model, ewc = make()
+    plain = copy.deepcopy(model)
+    groups = lambda m: [  # noqa: E731
+        {"params": m.a.parameters(), "lr": 0.05},
+        {"params": [*m.b.parameters(), m.scale], "weight_decay": 0.3, "ewc_lambda_scale": 0.0},
+    ]
+    optimizer = EWCAdamW(groups(model), lr=0.01, ewc=ewc)
+    reference = torch.optim.AdamW(groups(plain), lr=0.01)
+    schedulers = [torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=20) for o in (optimizer, reference)]
+    for batch in batches(15):
+
+        def closure(batch: Any = batch) -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure)
+        reference.zero_grad()
+        backward(plain, batch)
+        first = {f"a.{n}": p for n, p in plain.a.named_parameters()}
+        penalty: Any = sum((ewc.fisher[n] * (p - ewc.anchor[n]) ** 2).sum() for n, p in first.items())
+        (LAMBDA / 2 * penalty).backward()
+        reference.step()
+        assert loss.requires_grad and math.isfinite(loss.item())
+        for scheduler in schedulers:
+            scheduler.step()
+    same_params(model, plain, rtol=1e-8, atol=1e-10)
+    assert ewc.predicted_forgetting.item() > ewc.last_penalty.item() / LAMBDA  # counts what is not penalised, too
+
+
+# ---- dtypes ----
+
+
+@couplings
+@pytest.mark.parametrize("moments", [None, torch.float32], ids=["bf16 moments", "fp32 moments"])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_bf16_parameters(coupling: str, moments: Any, stochastic: bool) -> None:
+    model, ewc = make(torch.bfloat16, fisher_dtype=torch.float32)
+    options: dict[str, Any] = dict(lr=0.01, ewc=ewc, moments_dtype=moments, stochastic_rounding=stochastic, seed=7)
+    optimizer = EWCAdamW(model.parameters(), coupling=coupling, **options)
+    wide = copy.deepcopy(model).double()
+    other = EWCLoss(wide, LAMBDA)
+    other.consolidate(
+        fisher={n: f.double() for n, f in ewc.fisher.items()}, anchor={n: a.double() for n, a in ewc.anchor.items()}
+    )
+    reference = EWCAdamW(wide.parameters(), lr=0.01, ewc=other, coupling=coupling)
+    for _ in range(6):
+        for p, q in zip(model.parameters(), wide.parameters(), strict=True):
+            p.grad = torch.randn(p.shape).bfloat16()
+            q.grad = p.grad.double()
+        optimizer.step()
+        reference.step()
+    for p, q in zip(model.parameters(), wide.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=6 * 2**-7, atol=6 * 2**-7)
+    dtype = moments or torch.bfloat16
+    assert all(s["exp_avg"].dtype == s["exp_avg_sq"].dtype == dtype for s in optimizer.state.values())
+    state = copy.deepcopy(optimizer.state_dict())
+    again = EWCAdamW(model.parameters(), coupling=coupling, **{**options, "ewc": None})
+    again.load_state_dict(state)
+    for a, b in zip(again.state.values(), optimizer.state.values(), strict=True):
+        assert a["exp_avg"].dtype == dtype and torch.equal(a["exp_avg"], b["exp_avg"])  # not rounded on the way
+
+
+def test_stochastic_rounding_moves_what_rounding_to_nearest_loses() -> None:
+    moved = []
+    for stochastic in (False, True):
+        p = nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
+        optimizer = EWCAdamW([p], lr=1e-4, weight_decay=0.0, stochastic_rounding=stochastic, seed=3)
+        for _ in range(20):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        moved.append(1 - p.double().mean().item())
+    assert moved[0] == 0.0 and moved[1] == pytest.approx(20 * 1e-4, rel=0.05)
+
+
+def test_stochastic_rounding_does_not_depend_on_the_grouping() -> None:
+    results = []
+    for split in (False, True):
+        torch.manual_seed(5)
+        params = [nn.Parameter(torch.randn(n).bfloat16()) for n in (40, 3000, 7)]
+        groups: Any = [{"params": [p]} for p in params] if split else params
+        optimizer = EWCAdamW(groups, lr=0.01, stochastic_rounding=True, seed=11)
+        for p in params:
+            p.grad = torch.randn(p.shape).bfloat16()
+        optimizer.step()
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    twins = [nn.Parameter(torch.ones(3000, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = EWCAdamW(twins, lr=1e-3, stochastic_rounding=True)
+    for p in twins:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not torch.equal(*twins)  # each has numbers of its own
+
+
+def test_complex_parameters_without_a_penalty() -> None:
+    p = nn.Parameter(torch.randn(5, dtype=torch.complex64))
+    q = nn.Parameter(p.detach().clone())
+    ours, theirs = EWCAdamW([p], lr=0.05), torch.optim.AdamW([q], lr=0.05)
+    for _ in range(5):
+        g = torch.randn(5, dtype=torch.complex64)
+        p.grad, q.grad = g.clone(), g.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(p, q)
+
+
+# ---- the model changes ----
+
+
+@couplings
+def test_a_parameter_that_has_grown_is_protected_in_its_old_rows(coupling: str) -> None:
+    model, ewc = make()
+    with torch.no_grad():
+        old = model.b.bias
+        model.b.bias = nn.Parameter(torch.cat([old, torch.randn(2).double()]))
+        model.b.weight = nn.Parameter(torch.cat([model.b.weight, torch.randn(2, 33).double()]))
+    plain = copy.deepcopy(model)
+    other = EWCLoss(plain, LAMBDA)
+    other.load_state_dict(ewc.state_dict())
+    optimizer = EWCAdamW(model.parameters(), lr=0.02, ewc=ewc, coupling=coupling)
+    reference = torch.optim.AdamW(plain.parameters(), lr=0.02)
+    other.attach(reference, coupling=coupling)
+    for batch in batches(5):
+        for m, o in ((model, optimizer), (plain, reference)):
+            o.zero_grad()
+            backward(m, batch)
+            o.step()
+        assert ewc.last_penalty.item() == pytest.approx(other.last_penalty.item(), rel=1e-9)
+    same_params(model, plain, rtol=1e-8, atol=1e-10)
+
+
+@couplings
+def test_before_the_first_consolidate_and_after_a_cast(coupling: str) -> None:
+    model = Net()
+    ewc = EWCLoss(model, LAMBDA)
+    optimizer = EWCAdamW(model.parameters(), lr=0.02, ewc=ewc, coupling=coupling)
+    reference = copy.deepcopy(model)
+    plain = torch.optim.AdamW(reference.parameters(), lr=0.02)
+    for batch in batches(3, torch.float32):
+        for m, o in ((model, optimizer), (reference, plain)):
+            o.zero_grad()
+            backward(m, batch)
+            o.step()
+    same_params(model, reference, rtol=1e-5, atol=1e-6)
+    assert ewc.last_penalty.item() == 0.0
+    ewc.consolidate(fisher={n: torch.rand(p.shape) for n, p in model.named_parameters()})
+    model.double()
+    for state in optimizer.state.values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].double()
+    anchors = {n: a.clone() for n, a in ewc.anchor.items()}
+    for batch in batches(2):
+        optimizer.zero_grad()
+        backward(model, batch)
+        optimizer.step()
+    assert ewc.last_penalty.dtype == torch.float64 and ewc.last_penalty.item() > 0
+    assert all(torch.equal(ewc.anchor[n].float(), a.float()) for n, a in anchors.items())
+
+
+def test_a_memory_order_that_changes_is_followed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    ewc = EWCLoss(model, LAMBDA)
+    ewc.consolidate(fisher={n: torch.rand(p.shape) for n, p in model.named_parameters()})
+    optimizer = EWCAdamW(model.parameters(), lr=0.02, ewc=ewc)
+    x = torch.randn(2, 3, 8, 8)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        model.to(memory_format=torch.channels_last)
+    assert ewc.last_penalty.item() > 0 and model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- automatic mixed precision ----
+
+
+@couplings
+@pytest.mark.parametrize("kind", [EWCAdamW, EWCSGD])
+@pytest.mark.parametrize("overflow", [False, True])
+def test_under_a_gradient_scaler(coupling: str, kind: Any, overflow: bool) -> None:
+    model, ewc = make(torch.float32)
+    plain = copy.deepcopy(model)
+    other = EWCLoss(plain, LAMBDA)
+    other.load_state_dict(ewc.state_dict())
+    optimizer = kind(model.parameters(), lr=0.02, ewc=ewc, coupling=coupling)
+    reference = kind(plain.parameters(), lr=0.02, ewc=other, coupling=coupling)
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    for batch in batches(3, torch.float32):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        reference.zero_grad()
+        backward(plain, batch)
+        reference.step()
+    same_params(model, plain, rtol=1e-5, atol=1e-6)
+    if overflow:
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(batch[0]), batch[1])).backward()
+        model.a.weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        for a, b in zip(before[0].values(), model.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+        for n, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                assert value is None or torch.equal(torch.as_tensor(value), torch.as_tensor(before[1][n][key])), key
+
+
+def test_nan_gradients_leave_what_torch_leaves() -> None:
+    model, _ = make(torch.float32)
+    plain = copy.deepcopy(model)
+    ours, theirs = EWCAdamW(model.parameters(), amsgrad=True), torch.optim.AdamW(plain.parameters(), amsgrad=True)
+    for bad in (math.nan, math.inf, 0.0):
+        for m, o in ((model, ours), (plain, theirs)):
+            for p in m.parameters():
+                p.grad = torch.ones_like(p)
+            m.a.bias.grad[3] = bad
+            o.step()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, equal_nan=True)
+
+
+# ---- what is said, and what is refused ----
+
+
+def test_bad_arguments() -> None:
+    model, ewc = make()
+    for kind in (EWCAdamW, EWCSGD):
+        with pytest.raises(ValueError, match="coupling must be one of coupled, proximal"):
+            kind(model.parameters(), lr=0.1, ewc=ewc, coupling="couplet")
+        with pytest.raises(ValueError, match="is not differentiable: use torch.optim"):
+            kind(model.parameters(), lr=0.1, differentiable=True)
+        with pytest.raises(ValueError, match="none of its 1 parameters"):
+            kind([nn.Parameter(torch.zeros(3))], lr=0.1, ewc=ewc)
+        with pytest.raises(ValueError, match="[Ii]nvalid learning rate"):
+            kind(model.parameters(), lr=-1.0)
+    with pytest.raises(ValueError, match="moments_dtype must be"):
+        EWCAdamW(model.parameters(), moments_dtype=torch.float16)
+    with pytest.raises(ValueError, match="seed must be an integer"):
+        EWCAdamW(model.parameters(), seed=-1)
+    with pytest.raises(ValueError, match="betas must be numbers"):
+        EWCAdamW(model.parameters(), betas=(torch.tensor(0.9), torch.tensor(0.99)))
+    optimizer = EWCAdamW(model.parameters(), ewc=ewc)
+    with pytest.raises(ValueError, match="attached to this optimizer already"):
+        ewc.attach(optimizer)
+    assert ewc.is_attached(optimizer)
+
+
+def test_a_penalty_that_acts_twice_is_reported() -> None:
+    model, ewc = make()
+    optimizer = EWCAdamW(model.parameters(), ewc=ewc)
+    with pytest.warns(UserWarning, match="called with a graph while attached"):
+        ewc()
+    with pytest.warns(UserWarning, match="penalised by two attached penalties"):
+        ewc.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    del optimizer
+
+
+def test_a_sparse_gradient_is_refused_and_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Embedding(5, 3, sparse=True))
+    optimizer = EWCAdamW(model.parameters(), lr=0.1)
+    model[0](model[1](torch.tensor([1]))).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"EWCAdamW does not support sparse gradients, and a parameter of shape"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_an_error_names_the_parameter_and_leaves_the_step_count() -> None:
+    model, ewc = make()
+    optimizer = EWCAdamW(model.parameters(), ewc=ewc)
+    backward(model, batches(1)[0])
+    optimizer.step()
+    steps = [s["step"].clone() for s in optimizer.state.values()]
+    optimizer.state[model.a.weight]["exp_avg"] = torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="a.weight|exp_avgs"):
+        optimizer.step()
+    assert all(torch.equal(s, t["step"]) for s, t in zip(steps, optimizer.state.values(), strict=True))
+
+
+def test_a_copy_has_no_penalty() -> None:
+    model, ewc = make()
+    optimizer = EWCAdamW(model.parameters(), ewc=ewc)
+    backward(model, batches(1)[0])
+    optimizer.step()
+    copied = copy.deepcopy(optimizer)
+    assert not ewc.is_attached(copied) and ewc.is_attached(optimizer)
+    copied.step()
+
+
+def test_hooks_run_and_lambda_can_change_between_steps() -> None:
+    model, ewc = make()
+    optimizer = EWCSGD(model.parameters(), lr=0.0, ewc=ewc)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *a: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *a: calls.append("post"))
+    backward(model, batches(1)[0])
+    for value in (5.0, 0.0, 1e8):
+        ewc.ewc_lambda = value
+        optimizer.step()
+        assert ewc.last_penalty.item() == pytest.approx(penalised(model, ewc).item(), rel=1e-9)
+    assert calls == ["pre", "post"] * 3
+
+
+def test_clipping_the_sum() -> None:
+    model, ewc = make()
+    plain = copy.deepcopy(model)
+    optimizer = EWCAdamW(model.parameters(), lr=0.02, ewc=ewc)
+    reference = torch.optim.AdamW(plain.parameters(), lr=0.02)
+    for batch in batches(4):
+        optimizer.zero_grad()
+        backward(model, batch)
+        norm = ewc.clip_grad_norm_(model.parameters(), 0.7)
+        optimizer.step()
+        reference.zero_grad()
+        backward(plain, batch)
+        penalised(plain, ewc).backward()
+        wanted = nn.utils.clip_grad_norm_(plain.parameters(), 0.7)
+        reference.step()
+        torch.testing.assert_close(norm, wanted)
+        assert ewc.last_penalty.item() > 0
+    same_params(model, plain, rtol=1e-8, atol=1e-10)
+
+
+@couplings
+def test_torch_compile_of_the_step(coupling: str) -> None:
+    model, ewc = make(torch.float32)
+    plain = copy.deepcopy(model)
+    other = EWCLoss(plain, LAMBDA)
+    other.load_state_dict(ewc.state_dict())
+    optimizer = EWCAdamW(model.parameters(), lr=0.02, ewc=ewc, coupling=coupling)
+    reference = EWCAdamW(plain.parameters(), lr=0.02, ewc=other, coupling=coupling)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for batch in batches(3, torch.float32):
+            for m, o, step in ((model, optimizer, compiled), (plain, reference, reference.step)):
+                o.zero_grad()
+                backward(m, batch)
+                step()
+    same_params(model, plain, rtol=1e-6, atol=1e-7)
+    assert ewc.last_penalty.item() == pytest.approx(other.last_penalty.item(), rel=1e-5)
+
+
+@pytest.mark.native
+def test_one_call_of_the_kernel_per_step() -> None:
+    model, ewc = make(torch.float32)
+    optimizer = EWCAdamW(model.parameters(), ewc=ewc)
+    data = batches(3, torch.float32)
+    with torch.profiler.profile() as profile:
+        for batch in data:
+            optimizer.zero_grad()
+            backward(model, batch)
+            optimizer.step()
+    calls = {e.key: e.count for e in profile.key_averages() if e.key.startswith("ewc_fast::")}
+    assert calls == {"ewc_fast::adamw_": 3}
+
+
+def test_many_small_groups_and_several_optimizers() -> None:
+    model, ewc = make()
+    halves = [[*model.a.parameters()], [*model.b.parameters(), model.scale, model.unused, model.empty]]
+    optimizers = [EWCSGD(params, lr=0.0, ewc=ewc) for params in halves]
+    backward(model, batches(1)[0])
+    for optimizer in optimizers:
+        optimizer.step()
+    assert ewc.last_penalty.item() == pytest.approx(penalised(model, ewc).item(), rel=1e-9)
+    assert len(list(itertools.chain(*halves))) == len(ewc.penalty_by_parameter())
