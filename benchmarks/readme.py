@@ -1,6 +1,6 @@
 """Writes what README.md and the documents say of the speed, between their markers, from a result of `bench`.
 
-What docs/fisher.md says comes from fisher/results.json beside it.
+What docs/fisher.md says comes from fisher/results.json beside it, and docs/optimizers.md from optimizers/results.json.
 
 python benchmarks/readme.py benchmarks/results/NAME/results.json [--check]
 """
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ewc_fast.bench import report
+from ewc_fast.bench import optimizers, report
 from ewc_fast.bench.fisher import report as fisher_report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     fisher = options.results.parent / "fisher" / "results.json"
     if fisher.exists():
         sections["docs/fisher.md"] = fisher_report.summary(fisher_report.read_json(fisher), f"../{folder}/fisher")
+    steps = options.results.parent / "optimizers" / "results.json"
+    if steps.exists():
+        sections["docs/optimizers.md"] = optimizers.section(optimizers.read_json(steps))
     for name, section in sections.items():
         path = options.root / name
         before = path.read_text()

@@ -290,7 +290,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="ewc-fast bench",
         description="What EWC's penalty and its gradient cost per step, beside what one would otherwise write. What a "
-        "Fisher diagonal costs: --fisher first (bench --fisher --help).",
+        "Fisher diagonal costs: --fisher first (bench --fisher --help); what EWC adds to an optimizer's step: "
+        "--optimizers first.",
         epilog=f"Workloads: {', '.join(WORKLOADS)}. Peers: {', '.join(peers.all_peers())}.",
     )
 

@@ -177,7 +177,7 @@ def bars(results: Results) -> list[tuple[Bar, str, float]]:
 
 
 _SHORT = ("eager", "compile_eager", "foreach", "loop", "loop_no_value", "ewc_loss", "level1", "level2", "value", LIMIT)
-_SHORT_STEPS = ("plain", "eager", "loop", "level1", "level2")
+_SHORT_STEPS = ("plain", "eager", "loop", "level1", "level2", "level3", "level3_proximal")
 
 
 def readme_section(results: Results, folder: str, document: str) -> str:

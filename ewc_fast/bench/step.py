@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewc_fast import EWCLoss
+from ewc_fast import EWCAdamW, EWCLoss
 from ewc_fast.bench.measure import dtype_name, interleave, median, peak_bytes, percentile, time_once
 from ewc_fast.bench.peers import closed_form_, eager_loss
 from ewc_fast.bench.problem import LAMBDA
@@ -142,7 +142,8 @@ class TrainingStep:
             self.model = GPT(config).to(self.device, dtype)
         generator = torch.Generator(self.device).manual_seed(seed)
         self.params = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(self.params, lr=LEARNING_RATE, fused=True)
+        self._fused: dict[tuple[int, str], EWCAdamW] = {}
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.params, lr=LEARNING_RATE, fused=True)
         self.ewc = EWCLoss(self.model, LAMBDA, backend=backend)
         self.ewc.consolidate(
             fisher={n: self._noise(torch.rand, p, generator).mul_(0.01) for n, p in self.model.named_parameters()},
@@ -170,6 +171,17 @@ class TrainingStep:
         """Parameter, Fisher and anchor of each parameter."""
         return list(zip(self.params, self.ewc.fisher.values(), self.ewc.anchor.values(), strict=True))
 
+    def fused(self, ewc: EWCLoss, coupling: str) -> EWCAdamW:
+        """The optimizer with the penalty in it; it steps the same parameters from the same state."""
+        key = (id(ewc), coupling)
+        if key not in self._fused:
+            optimizer = EWCAdamW(self.params, lr=LEARNING_RATE, ewc=ewc, coupling=coupling)
+            optimizer.state = self.optimizer.state
+            assert optimizer._fused.attachment is not None
+            optimizer._fused.attachment.remove()  # one of many over the same parameters, of which one steps at a time
+            self._fused[key] = optimizer
+        return self._fused[key]
+
     def step(self, variant: Variant, micro_batches: int = 1) -> None:
         """One optimizer step, as its user writes it. :meth:`attached` has to be entered first."""
         self.optimizer.zero_grad()
@@ -181,7 +193,7 @@ class TrainingStep:
             (loss / micro_batches).backward()
         if variant.add_gradient is not None:
             variant.add_gradient(self)
-        self.optimizer.step()
+        (self.optimizer if variant.optimizer is None else variant.optimizer(self)).step()
 
     @contextmanager
     def attached(self, variant: Variant) -> Iterator[None]:
@@ -260,6 +272,7 @@ class Variant:
         penalty: What is added to every micro-batch's loss.
         add_gradient: What is done between the last backward and the optimizer's step.
         attach: Which EWCLoss is attached to the optimizer.
+        optimizer: Which one steps, if not the model's; its gradients are the task's alone.
         keeps_gradient: Whether it keeps a gradient of its own from step to step.
     """
 
@@ -268,6 +281,7 @@ class Variant:
     penalty: Callable[[TrainingStep], Tensor] | None = None
     add_gradient: Callable[[TrainingStep], object] | None = None
     attach: Callable[[TrainingStep], EWCLoss] | None = None
+    optimizer: Callable[[TrainingStep], torch.optim.Optimizer] | None = None
     keeps_gradient: bool = False
 
 
@@ -291,6 +305,10 @@ VARIANTS: dict[str, Variant] = {
         Variant("level1", "ewc() in every micro-batch's loss", penalty=lambda step: step.ewc(), keeps_gradient=True),
         Variant("level2", "ewc.attach(optimizer)", attach=lambda step: step.ewc),
         Variant("level2_bf16_fisher", "the same, Fisher in bf16", attach=lambda step: step.ewc_bf16_fisher),
+        Variant("level3", "EWCAdamW(params, ewc=ewc)", optimizer=lambda step: step.fused(step.ewc, "coupled")),
+        Variant(
+            "level3_proximal", 'the same, coupling="proximal"', optimizer=lambda step: step.fused(step.ewc, "proximal")
+        ),
     )
 }
 
@@ -404,7 +422,7 @@ def measure_steps(
     results = []
     for micro_batches in accumulation:
         plain = step.gradients(VARIANTS[PLAIN], micro_batches)
-        for variant in chosen[1:]:
+        for variant in (v for v in chosen[1:] if v.optimizer is None):  # a step of level 3 is compared in tests/optim
             progress(f"checking {variant.name}, micro-batches: {micro_batches}")
             step.check(variant, plain, micro_batches)
         del plain

@@ -5,6 +5,7 @@ A proximal pull in this metric has the stationary points of the penalised loss, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, SparseAdam
 
 State = Mapping[str, Any]
+States = Callable[[], list[State]]  # of the parameters; asked for where they are needed
 _RADAM_TRACTABLE = 5.0  # length of the approximated moving average from which RAdam rectifies
 
 
@@ -42,27 +44,30 @@ def _beta2(group: Mapping[str, Any]) -> Any:
     return group["betas"][1]
 
 
-def _sgd(group: Mapping[str, Any], states: Sequence[State]) -> StepMetric:
+def _sgd(group: Mapping[str, Any], states: States) -> StepMetric:
     factor = 1.0
     if group["momentum"] != 0:
         factor = float("inf") if group["dampening"] == 1 else (1 - group["momentum"]) / (1 - group["dampening"])
     return StepMetric([], True, (group["lr"], factor, 1.0, 0.0))
 
 
-def _adam(group: Mapping[str, Any], states: Sequence[State]) -> StepMetric:
+def _adam(group: Mapping[str, Any], states: States) -> StepMetric:
+    known = states()
     name = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
-    correction = 1 - _beta2(group) ** _steps(states)
-    return StepMetric([s[name] for s in states], True, (group["lr"], 1.0, 1 / correction, group["eps"]))
+    correction = 1 - _beta2(group) ** _steps(known)
+    return StepMetric([s[name] for s in known], True, (group["lr"], 1.0, 1 / correction, group["eps"]))
 
 
-def _sparse_adam(group: Mapping[str, Any], states: Sequence[State]) -> StepMetric:
-    correction = 1 - _beta2(group) ** _steps(states)
+def _sparse_adam(group: Mapping[str, Any], states: States) -> StepMetric:
+    known = states()
+    correction = 1 - _beta2(group) ** _steps(known)
     factor = 1 / correction.sqrt()  # its eps is added before the correction
-    return StepMetric([s["exp_avg_sq"] for s in states], True, (group["lr"], factor, 1.0, group["eps"]))
+    return StepMetric([s["exp_avg_sq"] for s in known], True, (group["lr"], factor, 1.0, group["eps"]))
 
 
-def _radam(group: Mapping[str, Any], states: Sequence[State]) -> StepMetric:
-    beta2, steps = _beta2(group), _steps(states)
+def _radam(group: Mapping[str, Any], states: States) -> StepMetric:
+    known = states()
+    beta2, steps = _beta2(group), _steps(known)
     correction = 1 - beta2**steps
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * steps * beta2**steps / correction
@@ -73,31 +78,34 @@ def _radam(group: Mapping[str, Any], states: Sequence[State]) -> StepMetric:
     factor = torch.where(tractable, 1 / (rectification * correction.sqrt()), one)
     eps = torch.where(tractable, group["eps"] * one, one)
     return StepMetric(
-        [s["exp_avg_sq"] for s in states], True, (group["lr"], factor, torch.where(tractable, one, zero), eps)
+        [s["exp_avg_sq"] for s in known], True, (group["lr"], factor, torch.where(tractable, one, zero), eps)
     )
 
 
-def _adamax(group: Mapping[str, Any], states: Sequence[State]) -> StepMetric:
-    return StepMetric([s["exp_inf"] for s in states], False, (group["lr"], 1.0, 1.0, 0.0))
+def _adamax(group: Mapping[str, Any], states: States) -> StepMetric:
+    known = states()
+    return StepMetric([s["exp_inf"] for s in known], False, (group["lr"], 1.0, 1.0, 0.0))
 
 
-def _rmsprop(group: Mapping[str, Any], states: Sequence[State]) -> StepMetric:
-    moments = [s["square_avg"] for s in states]
+def _rmsprop(group: Mapping[str, Any], states: States) -> StepMetric:
+    known = states()
+    moments = [s["square_avg"] for s in known]
     if group["centered"]:
-        moments = [v.addcmul(s["grad_avg"], s["grad_avg"], value=-1) for v, s in zip(moments, states, strict=True)]
+        moments = [v.addcmul(s["grad_avg"], s["grad_avg"], value=-1) for v, s in zip(moments, known, strict=True)]
     return StepMetric(moments, True, (group["lr"], 1 - group["momentum"], 1.0, group["eps"]))
 
 
-def _adagrad(group: Mapping[str, Any], states: Sequence[State]) -> StepMetric:
-    factor = 1 + (_steps(states) - 1) * group["lr_decay"]
-    return StepMetric([s["sum"] for s in states], True, (group["lr"], factor, 1.0, group["eps"]))
+def _adagrad(group: Mapping[str, Any], states: States) -> StepMetric:
+    known = states()
+    factor = 1 + (_steps(known) - 1) * group["lr_decay"]
+    return StepMetric([s["sum"] for s in known], True, (group["lr"], factor, 1.0, group["eps"]))
 
 
-def _unknown(group: Mapping[str, Any], states: Sequence[State]) -> StepMetric:
+def _unknown(group: Mapping[str, Any], states: States) -> StepMetric:
     return StepMetric([], True, (group["lr"], 1.0, 1.0, 0.0))
 
 
-_known: tuple[tuple[type[Optimizer], Callable[[Mapping[str, Any], Sequence[State]], StepMetric]], ...] = (
+_known: tuple[tuple[type[Optimizer], Callable[[Mapping[str, Any], States], StepMetric]], ...] = (
     (SGD, _sgd),
     (AdamW, _adam),
     (Adam, _adam),
@@ -117,21 +125,22 @@ def is_known(optimizer: Optimizer) -> bool:
 
 def step_metric(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[nn.Parameter]) -> StepMetric:
     """The metric in which the optimizer has just stepped these parameters of one group."""
-    states = [optimizer.state[p] for p in params]
+    states: States = lambda: [optimizer.state[p] for p in params]  # noqa: E731
     for kind, metric in _known:
         if isinstance(optimizer, kind):
             return metric(group, states)
     return _unknown(group, states)
 
 
+@functools.lru_cache(maxsize=64)
+def _constant_rates(rates: tuple[float, ...], count: int, device: torch.device) -> Tensor:
+    return torch.tensor(rates, dtype=torch.float64).repeat(count, 1).to(device)
+
+
 def rates_of(metric: StepMetric, count: int, device: torch.device) -> Tensor:
-    """The metric's numbers as the op takes them: fp64, (count, 4), on the device."""
-    if all(not isinstance(column, Tensor) for column in metric.rates):
-        return (
-            torch.tensor([float(column) for column in metric.rates], dtype=torch.float64)
-            .repeat(count, 1)
-            .to(device, non_blocking=True)
-        )
+    """The metric's numbers as the op takes them: fp64, (count, 4), on the device; not to be written to."""
+    if not any(isinstance(column, Tensor) for column in metric.rates):
+        return _constant_rates(metric.rates, count, device)
     rates = torch.empty(count, 4, dtype=torch.float64, device=device)
     for i, column in enumerate(metric.rates):
         if isinstance(column, Tensor):

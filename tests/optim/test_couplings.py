@@ -235,7 +235,7 @@ def test_coupled_equals_the_penalty_in_the_loss(name: str) -> None:
 def test_capturable_step_counts_are_read_where_they_are() -> None:
     group = {"betas": (0.9, 0.95), "lr": torch.tensor(0.1), "eps": 1e-3, "amsgrad": False}
     states = [{"step": torch.tensor(float(t)), "exp_avg_sq": torch.rand(3)} for t in (1, 7)]
-    metric = metrics._adam(group, states)
+    metric = metrics._adam(group, lambda: states)
     rates = metrics.rates_of(metric, 2, torch.device("cpu"))
     assert rates[:, 0].tolist() == pytest.approx([0.1, 0.1])
     assert rates[:, 2].tolist() == pytest.approx([1 / (1 - 0.95**t) for t in (1, 7)])
