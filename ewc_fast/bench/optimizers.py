@@ -181,17 +181,17 @@ def check(way: Way, backend: str = "auto") -> float:
     steps = Steps(Workload("small", "for a check", ((64, 33), (129,), (7,))), [way], backend=backend)
     optimizer = steps.optimizers[way.name]
     worst = 0.0
-    dtype_rounding = 0.01 if way.fisher_dtype == torch.bfloat16 else 0.0
+    ewc = steps.problem.ewc_bf16_fisher if way.fisher_dtype == torch.bfloat16 else steps.problem.ewc
     for _ in range(3):
         before = [p.detach().clone() for p in steps.params]
         wanted = [
             expected(way, p.detach(), p.grad, optimizer.state[p], f, a)  # type: ignore[arg-type]
-            for p, f, a in zip(steps.params, steps.problem.fishers, steps.problem.anchors, strict=True)
+            for p, f, a in zip(steps.params, ewc.fisher.values(), ewc.anchor.values(), strict=True)
         ]
         optimizer.step()
         for p, w, b in zip(steps.params, wanted, before, strict=True):
             off = (p.detach().double() - w).abs().max()
-            allowed = ROUNDOFFS * b.abs().max() + (TOLERANCE + dtype_rounding) * (w - b).abs().max()
+            allowed = ROUNDOFFS * b.abs().max() + TOLERANCE * (w - b).abs().max()
             worst = max(worst, float(off / allowed))
     if not worst <= 1:
         raise AssertionError(f"{way.name}: a step is off its formula by {worst:.2g} times what rounding allows")
