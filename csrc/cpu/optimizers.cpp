@@ -165,11 +165,8 @@ bool is_fp64(const StepCall& call) { return call.has(0) && call.dtype(0) == at::
 
 template <bool amsgrad, typename M, typename F>
 StepFn<AdamWStep<M>, M> adamw_block_of(Coupling coupling) {
-  switch (coupling) {
-    case Coupling::kCoupled: return adamw_block<Coupling::kCoupled, amsgrad, M, F>;
-    case Coupling::kProximal: return adamw_block<Coupling::kProximal, amsgrad, M, F>;
-    default: return adamw_block<Coupling::kNone, amsgrad, M, F>;
-  }
+  return coupling == Coupling::kProximal ? adamw_block<Coupling::kProximal, amsgrad, M, F>
+                                         : adamw_block<Coupling::kCoupled, amsgrad, M, F>;
 }
 
 template <typename M>
@@ -177,7 +174,7 @@ Plan<AdamWStep<M>, M> adamw_plan(const StepCall& call) {
   const bool amsgrad = call.has(4);
   Plan<AdamWStep<M>, M> plan;
   plan.block = amsgrad ? adamw_block_of<true, M, M>(call.coupling) : adamw_block_of<false, M, M>(call.coupling);
-  plan.unpenalised = amsgrad ? adamw_block_of<true, M, M>(Coupling::kNone) : adamw_block_of<false, M, M>(Coupling::kNone);
+  plan.unpenalised = amsgrad ? adamw_block<Coupling::kNone, true, M, M> : adamw_block<Coupling::kNone, false, M, M>;
   if constexpr (std::is_same_v<M, float>) {
     plan.direct = is_fp32(call) && (has_fp32_fisher(call) || (has_bf16_fisher(call) && !amsgrad));
     if (plan.direct && has_bf16_fisher(call)) plan.block = adamw_block_of<false, float, bf16>(call.coupling);
@@ -185,22 +182,19 @@ Plan<AdamWStep<M>, M> adamw_plan(const StepCall& call) {
   return plan;
 }
 
-template <Momentum kind, typename M, typename F>
-StepFn<SgdStep<M>, M> sgd_block_of(Coupling coupling) {
-  switch (coupling) {
-    case Coupling::kCoupled: return sgd_block<Coupling::kCoupled, kind, M, F>;
-    case Coupling::kProximal: return sgd_block<Coupling::kProximal, kind, M, F>;
-    default: return sgd_block<Coupling::kNone, kind, M, F>;
+template <Coupling coupling, typename M, typename F>
+StepFn<SgdStep<M>, M> sgd_block_of(Momentum kind) {
+  switch (kind) {
+    case Momentum::kPlain: return sgd_block<coupling, Momentum::kPlain, M, F>;
+    case Momentum::kNesterov: return sgd_block<coupling, Momentum::kNesterov, M, F>;
+    default: return sgd_block<coupling, Momentum::kNone, M, F>;
   }
 }
 
 template <typename M, typename F>
 StepFn<SgdStep<M>, M> sgd_block_of(Momentum kind, Coupling coupling) {
-  switch (kind) {
-    case Momentum::kPlain: return sgd_block_of<Momentum::kPlain, M, F>(coupling);
-    case Momentum::kNesterov: return sgd_block_of<Momentum::kNesterov, M, F>(coupling);
-    default: return sgd_block_of<Momentum::kNone, M, F>(coupling);
-  }
+  return coupling == Coupling::kProximal ? sgd_block_of<Coupling::kProximal, M, F>(kind)
+                                         : sgd_block_of<Coupling::kCoupled, M, F>(kind);
 }
 
 template <typename M, typename F>
@@ -249,7 +243,7 @@ struct Cpu {
                                                   : Momentum::kPlain;
     Plan<SgdStep<M>, M> plan;
     plan.block = sgd_block_of<M, M>(kind, call.coupling);
-    plan.unpenalised = sgd_block_of<M, M>(kind, Coupling::kNone);
+    plan.unpenalised = sgd_block_of<Coupling::kNone, M, M>(kind);
     if constexpr (std::is_same_v<M, float>) {
       plan.direct = is_fp32(call) && (has_fp32_fisher(call) || has_bf16_fisher(call));
       if (plan.direct && has_bf16_fisher(call)) plan.block = sgd_block_of<float, bf16>(kind, call.coupling);

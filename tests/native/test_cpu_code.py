@@ -30,6 +30,18 @@ TYPES = {  # of parameter, gradient, anchor and Fisher
 }
 GRADIENTS = {"fp32": "float", "bf16": BF16, "fp16": F16}  # of the Fisher's loops
 ROWS = {"fisher of 1 row": 1, "fisher of 4 rows": 4}
+STEPS = {  # the function, and bytes read and written for an fp32 element
+    "adamw": ("adamw_block<(ewc::Coupling)0, false, float, float>", 16, 12),
+    "adamw coupled": ("adamw_block<(ewc::Coupling)1, false, float, float>", 24, 12),
+    "adamw coupled, bf16 Fisher": (f"adamw_block<(ewc::Coupling)1, false, float, {BF16}>", 22, 12),
+    "adamw proximal": ("adamw_block<(ewc::Coupling)2, false, float, float>", 24, 12),
+    "adamw proximal, bf16 Fisher": (f"adamw_block<(ewc::Coupling)2, false, float, {BF16}>", 22, 12),
+    "amsgrad proximal": ("adamw_block<(ewc::Coupling)2, true, float, float>", 28, 16),
+    "sgd coupled": ("sgd_block<(ewc::Coupling)1, (ewc::Momentum)0, float, float>", 16, 4),
+    "nesterov proximal": ("sgd_block<(ewc::Coupling)2, (ewc::Momentum)2, float, float>", 20, 8),
+    "proximal": ("proximal_block<(ewc::Metric)2, float, float>", 16, 4),
+    "proximal, constant": ("proximal_block<(ewc::Metric)0, float, float>", 12, 4),
+}
 KERNELS = [(mode, types) for mode in MODES for types in TYPES]
 KERNELS += [(rows, types) for rows in ROWS for types in ("fp32", "bf16")]
 COUNTED = [*KERNELS, *((rows, "fp16") for rows in ROWS)]  # whose conversion is long, and spills without AVX2
@@ -70,15 +82,17 @@ def kernel_name(mode: str, types: str) -> str:
 
 def find(names: Iterable[str], mode: str, types: str, version: tuple[str, ...]) -> list[str]:
     """The names of a kernel's version."""
+    return find_function(names, kernel_name(mode, types), version)
+
+
+def find_function(names: Iterable[str], function: str, version: tuple[str, ...]) -> list[str]:
+    """Likewise, of any function."""
     ending = re.compile(rf"\[clone \.({'|'.join(version)})(\.\d+)?\]$")  # GCC 11 adds a number
-    return [name for name in names if kernel_name(mode, types) in name and ending.search(name)]
+    return [name for name in names if function in name and ending.search(name)]
 
 
 def check_loop(function: Sequence[Instruction], mode: str, types: str, vector_bytes: int) -> None:
     """The loop that does the work is packed and moves the bytes that it must."""
-    loops = innermost_loops(function)
-    assert loops, "there is no loop"
-    hot = max(loops, key=lambda loop: loop.loaded)  # others are for what is left over
     if mode in ROWS:
         written = BYTES["float"]
         read = written + ROWS[mode] * BYTES[GRADIENTS[types]]
@@ -86,12 +100,24 @@ def check_loop(function: Sequence[Instruction], mode: str, types: str, vector_by
         p, g, a, f = (BYTES[name] for name in TYPES[types])
         read = p + a + f + (g if mode == "accumulate" else 0)
         written = 0 if mode == "value" else g
+    check_bytes(function, f"{mode}, {types}", read, written, vector_bytes)
+
+
+def check_bytes(
+    function: Sequence[Instruction], what: str, read: int, written: int, vector_bytes: int, spilled: int = 0
+) -> None:
+    """The hot loop is packed, and reads and writes so many bytes for an element; so many registers may be spilled."""
+    loops = innermost_loops(function)
+    assert loops, "there is no loop"
+    hot = max(loops, key=lambda loop: loop.loaded)  # others are for what is left over
     elements, rest = divmod(hot.loaded, read)
     print(
-        f"{mode}, {types}: {len(hot.body)} instructions, {hot.loaded} bytes read and {hot.stored} written for "
+        f"{what}: {len(hot.body)} instructions, {hot.loaded} bytes read and {hot.stored} written for "
         f"{elements} elements, vectors of {hot.narrowest_arithmetic()} bytes"
     )
-    assert not hot.unwelcome(), f"not packed: {hot.unwelcome()[:5]}"
+    spills = [line for line in hot.unwelcome() if "(%rsp)" in line]
+    others = [line for line in hot.unwelcome() if "(%rsp)" not in line]
+    assert not others and len(spills) <= spilled, f"not packed: {hot.unwelcome()[:5]}"
     assert hot.narrowest_arithmetic() >= vector_bytes, "narrow vectors"
     assert rest == 0 and elements % (vector_bytes // 4) == 0, f"{hot.loaded} bytes read, where {read} are an element"
     assert hot.stored == written * elements, f"{hot.stored} bytes written"
@@ -120,6 +146,16 @@ def test_the_loops_of_the_extension(
     names = find(built, mode, types, version)
     assert len(names) == 1, f"{kernel_name(mode, types)}: {names}"
     check_loop(built[names[0]], mode, types, VERSIONS[version])
+
+
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda names: names[0])
+@pytest.mark.parametrize("name", STEPS)
+def test_the_loops_of_the_optimizers(built: dict[str, list[Instruction]], name: str, version: tuple[str, ...]) -> None:
+    function, read, written = STEPS[name]
+    names = find_function(built, function, version)
+    assert len(names) == 1, f"{function}: {names}"
+    # With a bf16 Fisher a turn takes two vectors of everything, for which 16 registers are few: the cache hides it.
+    check_bytes(built[names[0]], name, read, written, VERSIONS[version], spilled=2 if "bf16" in name else 0)
 
 
 def test_what_goes_past_the_caches_and_what_is_asked_for_early(built: dict[str, list[Instruction]]) -> None:
