@@ -101,17 +101,16 @@ class FusedStep:
         done: set[int] = set()
         for number, group in enumerate(optimizer.param_groups):
             try:
-                self._step_group(optimizer, number, group, done, results)
+                self._step_group(optimizer, number, group, frozenset(), done, results)
             except (ValueError, TypeError, RuntimeError) as error:
                 # A device, dtype or memory order has changed: then the state follows, and the rest runs again.
                 self._bundles.clear()
                 if attachment is None or not attachment.ewc._bind():
                     raise error
-                self._step_group(optimizer, number, group, done, results)
+                self._step_group(optimizer, number, group, frozenset(done), done, results)
         if attachment is not None:
             if not attachment.added:
-                if self.proximal:
-                    results += self._skipped(attachment, done)
+                results += self._skipped(attachment, done)
                 attachment.ewc._record(attachment, results)
             attachment.added = False
 
@@ -120,11 +119,13 @@ class FusedStep:
         optimizer: torch.optim.Optimizer,
         number: int,
         group: dict[str, Any],
+        before: frozenset[int],
         done: set[int],
         results: list[PartResult],
     ) -> None:
+        """Steps what was not stepped ``before``, and adds it to what is done."""
         penalised = self.attachment is not None and not self.attachment.added
-        for bundle in self._of_group(optimizer, number, group, done):
+        for bundle in self._of_group(optimizer, number, group, before):
             home = bundle.params[0].device
             grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
             lr = group["lr"]
@@ -156,17 +157,18 @@ class FusedStep:
     # ---- who is stepped by which call ----
 
     def _of_group(
-        self, optimizer: torch.optim.Optimizer, number: int, group: dict[str, Any], done: set[int]
+        self, optimizer: torch.optim.Optimizer, number: int, group: dict[str, Any], before: frozenset[int]
     ) -> list[Bundle]:
         ewc = None if self.attachment is None else self.attachment.ewc
         whole = [] if ewc is None else ewc._parts()
         params = group["params"]
-        if whole and not self.proximal and ewc is not None and ewc.ewc_lambda != 0.0:
+        lacking = any(p.grad is None for p in params)
+        if lacking and whole and not self.proximal and ewc is not None and ewc.ewc_lambda != 0.0:
             protected = {id(p) for part in whole for p in part.params}
             for p in params:
                 if p.grad is None and p.requires_grad and id(p) in protected:
                     p.grad = torch.zeros_like(p)  # becomes the penalty's
-        params = [p for p in params if p.grad is not None and id(p) not in done]
+        params = [p for p in params if p.grad is not None and id(p) not in before]
         for p in params:
             if p.grad.is_sparse:
                 raise RuntimeError(
@@ -174,9 +176,10 @@ class FusedStep:
                     f"{tuple(p.shape)} has one: build its layer with sparse=False"
                 )
         kinds = [(p.device, p.dtype, p.grad.dtype, self.sort(p)) for p in params]
-        key = (None if ewc is None else ewc._generation, lambda_scale(group), *map(id, params), *kinds)
+        strides = (p.stride() for p in params)
+        key = (None if ewc is None else ewc._generation, lambda_scale(group), *map(id, params), *kinds, *strides)
         known = self._bundles.get(number)
-        if known is None or known[0] != key or done:
+        if known is None or known[0] != key or before:
             known = (key, self._make(optimizer, group, params, kinds, whole))
             self._bundles[number] = known
         return known[1]

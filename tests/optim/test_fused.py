@@ -371,18 +371,46 @@ def test_before_the_first_consolidate_and_after_a_cast(coupling: str) -> None:
     assert all(torch.equal(ewc.anchor[n].float(), a.float()) for n, a in anchors.items())
 
 
-def test_a_memory_order_that_changes_is_followed() -> None:
+@pytest.mark.parametrize("penalised", [True, False])
+def test_a_memory_order_that_changes_is_followed(penalised: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     ewc = EWCLoss(model, LAMBDA)
     ewc.consolidate(fisher={n: torch.rand(p.shape) for n, p in model.named_parameters()})
-    optimizer = EWCAdamW(model.parameters(), lr=0.02, ewc=ewc)
+    optimizer = EWCAdamW(model.parameters(), lr=0.02, ewc=ewc if penalised else None)
     x = torch.randn(2, 3, 8, 8)
     for _ in range(2):
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
         model.to(memory_format=torch.channels_last)
-    assert ewc.last_penalty.item() > 0 and model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert (ewc.last_penalty.item() > 0) is penalised and model[0].weight.is_contiguous(
+        memory_format=torch.channels_last
+    )
+
+
+@couplings
+def test_lambda_zero_predicts_for_every_parameter(coupling: str) -> None:
+    model, ewc = make()
+    ewc.ewc_lambda = 0.0
+    plain = copy.deepcopy(model)
+    optimizer = EWCAdamW(model.parameters(), lr=0.02, ewc=ewc, coupling=coupling)
+    reference = torch.optim.AdamW(plain.parameters(), lr=0.02)
+    for batch in batches(2):
+        wanted = penalised_by_one(model if coupling == "coupled" else plain, ewc)
+        for m, o in ((model, optimizer), (plain, reference)):
+            o.zero_grad()
+            backward(m, batch)
+            o.step()
+        wanted = wanted if coupling == "coupled" else penalised_by_one(plain, ewc)
+        assert ewc.predicted_forgetting.item() == pytest.approx(wanted, rel=1e-8)
+    same_params(model, plain, rtol=1e-9, atol=1e-11)
+    assert model.unused.grad is None and ewc.last_penalty.item() == 0.0
+
+
+def penalised_by_one(model: nn.Module, ewc: EWCLoss) -> float:
+    """The prediction, by the formula."""
+    terms = [(ewc.fisher[n] * (p.detach() - ewc.anchor[n]) ** 2).sum() for n, p in model.named_parameters()]
+    return float(torch.stack(terms).sum() / 2)
 
 
 # ---- automatic mixed precision ----
@@ -571,6 +599,19 @@ def test_one_call_of_the_kernel_per_step() -> None:
             optimizer.step()
     calls = {e.key: e.count for e in profile.key_averages() if e.key.startswith("ewc_fast::")}
     assert calls == {"ewc_fast::adamw_": 3}
+
+
+def test_who_is_stepped_by_which_call_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ewc = make()
+    optimizer = EWCAdamW([{"params": model.a.parameters()}, {"params": model.b.parameters()}], ewc=ewc)
+    made = []
+    real = optimizer._fused._make
+    monkeypatch.setattr(optimizer._fused, "_make", lambda *args: made.append(1) or real(*args))
+    for batch in batches(3):
+        optimizer.zero_grad()
+        backward(model, batch)
+        optimizer.step()
+    assert len(made) == 2
 
 
 def test_many_small_groups_and_several_optimizers() -> None:
