@@ -101,9 +101,7 @@ class EWCBudget:
         if ewc.ewc_lambda == 0:
             raise ValueError("ewc_lambda is 0, from which no factor leads away: start from ewc_lambda=100")
         if ewc.ewc_lambda > self.max_lambda:
-            raise ValueError(
-                f"ewc_lambda is {ewc.ewc_lambda:g}, above max_lambda={self.max_lambda:g}: lower one of them"
-            )
+            raise ValueError(f"ewc_lambda is {ewc.ewc_lambda:g}, above max_lambda={self.max_lambda:g}: lower it")
         self._said: set[str] = set()
         self._measurements: list[Measurement] = []
         self._probe: Callable[[], Tensor | float] | None = None

@@ -194,8 +194,15 @@ def run(setting: Setting, method: str, lr: float, schedule: str) -> dict[str, An
             "new_loss": setting.loss(model, setting.new_test).item(),
             "new_accuracy": None,
             "ewc_lambda": ewc.ewc_lambda,
-            "measurements": [] if budget is None else [list(m) for m in budget.measurements],
         }
+        if budget is not None:
+            looks = budget.measurements
+            row |= {
+                "looks": len(looks),
+                "highest_look": max(m.forgetting for m in looks),
+                "smallest_lambda": min(m.ewc_lambda for m in looks),
+                "largest_lambda": max(m.ewc_lambda for m in looks),
+            }
         if setting.accuracy:
             inputs, labels = setting.new_test
             row["new_accuracy"] = (model(inputs).argmax(1) == labels).double().mean().item()
@@ -210,10 +217,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
-        looks = r["measurements"]
-        highest = f" ({max(m[1] for m in looks) / r['budget']:.1f})" if looks and r["method"] == "probe" else ""
-        values = [m[2] for m in looks]
-        spread = f"{min(values):.2g} to {max(values):.2g} | {r['ewc_lambda']:.2g}" if values else "| "
+        highest = f" ({r['highest_look'] / r['budget']:.1f})" if r["method"] == "probe" else ""
+        spread = "| "
+        if "looks" in r:
+            spread = f"{r['smallest_lambda']:.2g} to {r['largest_lambda']:.2g} | {r['ewc_lambda']:.2g}"
         new = f"{r['new_loss']:.2f} nats" if r["new_accuracy"] is None else f"{r['new_accuracy']:.1%}"
         lines.append(
             f"| {r['setting']}, {r['budget']:g} | {r['lr']:g} {r['schedule']} | {r['method']} | "
