@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ewc_fast.loss import EWCLoss
 
-_AIM = 0.95  # of the budget: what forgetting is steered to
 _SMALLEST_LAMBDA = 1e-12  # in effect 0; from 0 itself no factor leads away
 
-# In units of e = log(forgetting / aim). Chosen on digits and a small language model, see docs/optimizers.md.
+# In units of e = log(forgetting / max_forgetting). Chosen on digits and a small language model, see docs/optimizers.md.
 _INTEGRAL = 0.5  # d log lambda per measurement, for each unit of e
 _PROPORTIONAL = 0.2  # d log lambda for each unit that e has changed by
 _FAST = 0.5  # beyond this e the integral gain is 1: far above the budget every step forgets what the pull has to undo
@@ -47,7 +46,7 @@ class EWCBudget:
     budget, down slowly where it lies below, so that a budget that the new task would exceed is used up, not undercut.
     On all other steps it counts, and neither reads the device nor launches anything.
 
-    With e = log(forgetting / (0.95 max_forgetting)), which is cut to [-1, 4], log lambda moves by 0.5 e + 0.2 (e -
+    With e = log(forgetting / max_forgetting), which is cut to [-1, 4], log lambda moves by 0.5 e + 0.2 (e -
     previous e) (a proportional-integral controller in velocity form, Åström and Hägglund, "PID Controllers", 1995,
     section 3.5); what e exceeds 0.5 by counts 1 instead of 0.5. Well below the budget e is taken from where the
     forgetting will be at the next measurement if it goes on as since the last one, the distance to the anchor (the
@@ -194,7 +193,7 @@ class EWCBudget:
         return value
 
     def _next_lambda(self, forgetting: float) -> float:
-        aim = _AIM * self.max_forgetting
+        aim = self.max_forgetting
         last = self._measurements[-1] if self._measurements else Measurement(0, 0.0, self.ewc.ewc_lambda)
         elapsed = self._steps - last.step
         to_next = self.every if self._steps >= self.every else min(self._steps, self.every - self._steps)
