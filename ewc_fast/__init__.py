@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from ewc_fast.budget import EWCBudget
 from ewc_fast.fisher import FisherDiagonal, FisherEstimator, FisherInfo, estimate_fisher
 from ewc_fast.forgetting import ForgettingProbe
 from ewc_fast.functional import ewc_loss, ewc_penalty
@@ -15,6 +16,7 @@ __version__ = version("ewc-fast")
 
 __all__ = [
     "EWCAdamW",
+    "EWCBudget",
     "EWCLoss",
     "EWCSGD",
     "FisherDiagonal",
