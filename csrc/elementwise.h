@@ -209,6 +209,25 @@ EWC_HD M pulled(M parameter, M anchor, M metric, M weight) {
   return total > M(0) ? parameter + finite / total * (anchor - parameter) : parameter;
 }
 
+// The penalty around an element's update, which is `update(gradient, parameter)` and returns the metric.
+template <Coupling coupling, typename M, typename Update>
+EWC_HD void with_penalty(M& parameter, M gradient, M anchor, M fisher, const Pull<M>& pull, M& weighted, M& squared,
+                         Update update) {
+  if constexpr (coupling == Coupling::kCoupled) {
+    const auto term = penalty_term(parameter, anchor, fisher, pull.delta);
+    weighted += term.weighted;
+    squared += term.squared;
+    gradient += pull.factor * term.gradient;
+  }
+  const M metric = update(gradient, parameter);
+  if constexpr (coupling == Coupling::kProximal) {
+    const auto term = penalty_term(parameter, anchor, fisher, pull.delta);
+    weighted += term.weighted;
+    squared += term.squared;
+    parameter = pulled(parameter, anchor, metric, pull.lr * pull.factor * (fisher + pull.delta));
+  }
+}
+
 template <typename M>
 EWC_HD M square_root(M x) {
   return std::sqrt(x);
@@ -288,6 +307,11 @@ EWC_HD void sgd_update(const SgdStep<M>& s, M gradient, M& parameter, M& buffer)
 //   kConstant: factor      kLinear: factor * x      kRoot: factor * (sqrt(inner * x) + eps)
 
 enum class Metric { kConstant, kLinear, kRoot };
+
+template <typename M>
+struct MetricStep {
+  M factor, inner, eps;
+};
 
 template <Metric kind, typename M>
 EWC_HD M metric_of(M factor, M inner, M eps, M x) {
