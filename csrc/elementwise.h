@@ -194,12 +194,12 @@ EWC_HD M add_weighted(M fisher, M weight, M squares) {
 
 enum class Coupling { kNone, kCoupled, kProximal };
 
+// lambda is not 0 where this is used: else what is read changes nothing, whatever it is.
 template <typename M>
 struct Pull {
   M delta;
   M factor;  // lambda scale
   M lr;
-  bool acts;  // lambda is not 0: else what is read changes nothing, whatever it is
 };
 
 // Where there is neither metric nor weight the parameter stays. A weight of infinity would be NaN.
