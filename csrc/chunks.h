@@ -23,6 +23,15 @@ struct Entry {
   int64_t numel;
 };
 
+constexpr int kMaxLists = 5;  // of an optimizer's op: parameters, gradients, and up to three of its own
+
+// One tensor of each of an optimizer's lists.
+struct StepEntry {
+  void* data[kMaxLists];  // null where the op has no such list
+  int64_t offset;         // in elements, into anchor and Fisher; -1: the parameter is not protected
+  int64_t numel;
+};
+
 // One tensor of a list of Fishers, and the rows of gradients whose squares are added to it; all in the same memory order.
 struct FisherEntry {
   void* fisher;

@@ -194,12 +194,12 @@ EWC_HD M add_weighted(M fisher, M weight, M squares) {
 
 enum class Coupling { kNone, kCoupled, kProximal };
 
+// lambda is not 0 where this is used: else what is read changes nothing, whatever it is.
 template <typename M>
 struct Pull {
   M delta;
   M factor;  // lambda scale
   M lr;
-  bool acts;  // lambda is not 0: else what is read changes nothing, whatever it is
 };
 
 // Where there is neither metric nor weight the parameter stays. A weight of infinity would be NaN.
@@ -207,6 +207,25 @@ template <typename M>
 EWC_HD M pulled(M parameter, M anchor, M metric, M weight) {
   const M finite = weight < M(1e38) ? weight : M(1e38), total = metric + finite;
   return total > M(0) ? parameter + finite / total * (anchor - parameter) : parameter;
+}
+
+// The penalty around an element's update, which is `update(gradient, parameter)` and returns the metric.
+template <Coupling coupling, typename M, typename Update>
+EWC_HD void with_penalty(M& parameter, M gradient, M anchor, M fisher, const Pull<M>& pull, M& weighted, M& squared,
+                         Update update) {
+  if constexpr (coupling == Coupling::kCoupled) {
+    const auto term = penalty_term(parameter, anchor, fisher, pull.delta);
+    weighted += term.weighted;
+    squared += term.squared;
+    gradient += pull.factor * term.gradient;
+  }
+  const M metric = update(gradient, parameter);
+  if constexpr (coupling == Coupling::kProximal) {
+    const auto term = penalty_term(parameter, anchor, fisher, pull.delta);
+    weighted += term.weighted;
+    squared += term.squared;
+    parameter = pulled(parameter, anchor, metric, pull.lr * pull.factor * (fisher + pull.delta));
+  }
 }
 
 template <typename M>
@@ -288,6 +307,11 @@ EWC_HD void sgd_update(const SgdStep<M>& s, M gradient, M& parameter, M& buffer)
 //   kConstant: factor      kLinear: factor * x      kRoot: factor * (sqrt(inner * x) + eps)
 
 enum class Metric { kConstant, kLinear, kRoot };
+
+template <typename M>
+struct MetricStep {
+  M factor, inner, eps;
+};
 
 template <Metric kind, typename M>
 EWC_HD M metric_of(M factor, M inner, M eps, M x) {

@@ -5,15 +5,6 @@
 
 namespace ewc {
 
-constexpr int kMaxLists = 5;  // parameters, gradients, and up to three of the optimizer's own
-
-// One tensor of each list. offset: into anchor and Fisher, -1 for a parameter that is not protected.
-struct StepEntry {
-  void* data[kMaxLists];
-  int64_t offset;
-  int64_t numel;
-};
-
 // A list of an op, one tensor per parameter or none at all.
 struct TensorLists {
   struct One {

@@ -15,25 +15,6 @@ template <typename Step, typename M>
 using StepFn = void (*)(void* const* data, const void* a, const void* f, int64_t n, const Step& step,
                         const Pull<M>& pull, double* sums);
 
-// The penalty around an element's update, which is `update(gradient, parameter)` and returns the metric.
-template <Coupling coupling, typename M, typename Update>
-EWC_HD void with_penalty(M& parameter, M gradient, M anchor, M fisher, const Pull<M>& pull, M& weighted, M& squared,
-                         Update update) {
-  if constexpr (coupling == Coupling::kCoupled) {
-    const auto term = penalty_term(parameter, anchor, fisher, pull.delta);
-    weighted += term.weighted;
-    squared += term.squared;
-    gradient += pull.factor * term.gradient;
-  }
-  const M metric = update(gradient, parameter);
-  if constexpr (coupling == Coupling::kProximal) {
-    const auto term = penalty_term(parameter, anchor, fisher, pull.delta);
-    weighted += term.weighted;
-    squared += term.squared;
-    parameter = pulled(parameter, anchor, metric, pull.lr * pull.factor * (fisher + pull.delta));
-  }
-}
-
 template <Coupling coupling, bool amsgrad, typename M, typename F>
 EWC_CLONES void adamw_block(void* const* data, const void* a_, const void* f_, int64_t n, const AdamWStep<M>& step,
                             const Pull<M>& pull_, double* sums) {
@@ -98,12 +79,6 @@ EWC_CLONES void sgd_block(void* const* data, const void* a_, const void* f_, int
   sums[0] += static_cast<double>(weighted);
   sums[1] += static_cast<double>(squared);
 }
-
-// factor, inner, eps: see Metric.
-template <typename M>
-struct MetricStep {
-  M factor, inner, eps;
-};
 
 template <Metric kind, typename M, typename F>
 EWC_CLONES void proximal_block(void* const* data, const void* a_, const void* f_, int64_t n, const MetricStep<M>& step,

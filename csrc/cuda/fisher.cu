@@ -18,7 +18,7 @@ static_assert(sizeof(FisherArguments) <= kParameterBytes, "too large for the ker
 
 // How a kernel moves: kVector elements, so that the gradients take 16 bytes, of two rows, kUnroll times. A multiprocessor
 // requests 48 KB of gradients at once, 64 KB in fp64, and where there is one row as much or more together with the Fisher
-// (see kBytesInFlight in penalty.cuh). Where one type is fp64 and the other is not, it is less.
+// (see kBytesInFlight). Where one type is fp64 and the other is not, it is less.
 template <typename G, typename M>
 struct FisherMoves {
   static constexpr bool kWide = sizeof(M) == 8;

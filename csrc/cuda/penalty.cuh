@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "multi_tensor.cuh"
+#include "results.cuh"
 
 namespace ewc {
 namespace {
@@ -16,16 +16,8 @@ struct PenaltyArguments {
 };
 static_assert(sizeof(PenaltyArguments) <= kParameterBytes, "too large for the kernel's parameters");
 
-// Zero from the start. Each .cu has its own.
-__device__ Counters static_counters[kStreamCounters + kCaptureCounters];
-
-EWC_DEVICE Counters& counters_of(const PenaltyLaunch& launch) {
-  return launch.counters.address != nullptr ? *launch.counters.address : static_counters[launch.counters.index];
-}
-
-// Bytes of operands that a thread requests before it waits, at most. By Little's law the memory of an H100 is busy with
-// 3.35 TB/s * 0.7 us = 2.3 MB on the way, 18 KB in each multiprocessor; under load the latency is twice that, and so
-// about 40 KB are wanted. In a multiprocessor there are, at most, in KB (tests/native/check_cuda.py asserts it):
+// How a kernel for these storage types moves: kVector elements, so that the narrowest takes 16 bytes, kUnroll times. In a
+// multiprocessor there are on the way, at most, in KB (see kBytesInFlight; tests/native/check_cuda.py asserts it):
 //
 //   parameter, gradient   anchor, Fisher   value   write   accumulate
 //   fp32                  fp32                72      72           96
@@ -35,9 +27,6 @@ EWC_DEVICE Counters& counters_of(const PenaltyLaunch& launch) {
 //   bf16, fp16            fp32 and bf16       96      96           60
 //   bf16, fp16            bf16                72      72           96
 //   fp64 (2 blocks)       fp64                48      48           64
-constexpr int kBytesInFlight = 128;
-
-// How a kernel for these storage types moves: kVector elements, so that the narrowest takes 16 bytes, kUnroll times.
 template <Mode mode, typename M, typename P, typename G, typename A, typename F>
 struct Moves {
   static constexpr int kNarrowest = static_cast<int>(std::min({sizeof(P), sizeof(G), sizeof(A), sizeof(F)}));
@@ -115,54 +104,6 @@ EWC_DEVICE void penalty_chunk(const P& p, const G& g, const A& a, const F& f, in
   }
 }
 
-// Requested at once by a lane: one after the other, the slots of a large tensor would cost a memory latency each. A
-// warp has 4 KB on the way, so that the 8,000 slots of the largest embeddings (260M parameters) take 32 latencies.
-constexpr int kSlotsInFlight = 8;
-
-// Rows of by_tensor from the slots, a warp for each tensor; after the last launch the totals. All in fixed order.
-template <typename M>
-EWC_DEVICE void finish(const PenaltyArguments& arguments) {
-  const auto& [launch, first_row, last_launch, table] = arguments;
-  const double ewc_lambda = read(launch.ewc_lambda, 0, 0.0), delta = read(launch.delta, 0, 0.0);
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  double* values = launch.by_tensor;
-  double* forgetting = launch.by_tensor + launch.num_tensors;
-#pragma unroll 1
-  for (int t = warp; t < table.size; t += kWarps) {
-    const uint32_t begin = table.first[t], end = t + 1 < table.size ? table.first[t + 1] : table.chunks;
-    const int64_t row = first_row + t;
-    const double constant = read(launch.constant, row, 0.0), scale = read(launch.scale, row, 1.0);
-    double2 mine = make_double2(0, 0);
-#pragma unroll 1
-    for (uint32_t slot = begin + lane; slot < end; slot += kSlotsInFlight * kWarp) {
-      double2 parts[kSlotsInFlight];
-#pragma unroll
-      for (int k = 0; k < kSlotsInFlight; ++k) {
-        parts[k] = make_double2(0, 0);
-        if (slot + k * kWarp < end) parts[k] = __ldcg(&launch.slots[slot + k * kWarp]);
-      }
-#pragma unroll
-      for (int k = 0; k < kSlotsInFlight; ++k) mine = sum(mine, parts[k]);
-    }
-    mine = warp_sum(mine);
-    if (lane == 0) {
-      values[row] = penalty_value(ewc_lambda, delta, scale, mine.x, constant, mine.y);
-      forgetting[row] = predicted_forgetting(mine.x, constant);
-    }
-  }
-  if (!last_launch) return;
-  __syncthreads();  // other warps' rows
-  double2 mine = make_double2(0, 0);
-  for (int64_t row = threadIdx.x; row < launch.num_tensors; row += kThreads) {
-    mine = sum(mine, make_double2(values[row], forgetting[row]));
-  }
-  mine = block_sum(mine);
-  if (threadIdx.x == 0) {
-    *static_cast<M*>(launch.penalty) = static_cast<M>(mine.x);
-    *static_cast<M*>(launch.predicted) = static_cast<M>(mine.y);
-  }
-}
-
 // Bytes per element, fp32: kValue reads 12; kWrite reads 12 and writes 4; kAccumulate reads 16 and writes 4. With bf16
 // throughout it is half, with fp64 double.
 template <Mode mode, typename M, typename P, typename G, typename A, typename F>
@@ -180,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, Moves<mode, M, P, G, A, F>::kBlocks)
 
   __shared__ uint32_t next;
   for (uint32_t chunk = blockIdx.x; chunk < table.chunks; chunk = next) {
-    const uint32_t taken = threadIdx.x == 0 ? next_chunk(counters_of(launch)) : 0;
+    const uint32_t taken = threadIdx.x == 0 ? next_chunk(counters_of(launch.counters)) : 0;
     const int64_t t = tensor_of_chunk(table.first, table.size, chunk);
     const int64_t start = (chunk - table.first[t]) * launch.chunk, left = table.numel[t] - start;
     const int n = static_cast<int>(left < launch.chunk ? left : launch.chunk);
@@ -206,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, Moves<mode, M, P, G, A, F>::kBlocks)
     }
     __syncthreads();
   }
-  if (is_last_block(counters_of(launch))) finish<M>(arguments);
+  if (is_last_block(counters_of(launch.counters))) finish<M>(arguments);
 }
 
 struct PenaltyKernel {

@@ -1,21 +1,15 @@
 // CUDA side of the penalty ops: from tensors to the launchers of penalty.h.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "counters.h"
 #include "device.h"
 #include "penalty.h"
 #include "penalty_ops.h"
 
 namespace ewc {
 namespace {
-
-Scalar scalar_of(const at::Tensor& t) { return {t.const_data_ptr(), t.scalar_type() == at::kDouble}; }
-
-Scalar scalar_of(const std::optional<at::Tensor>& t) { return t.has_value() ? scalar_of(*t) : Scalar{}; }
 
 CounterPool& counter_pool() {
   static CounterPool pool;
@@ -28,19 +22,8 @@ struct Cuda {
     const at::Device device = call.anchor.device();
     const c10::cuda::CUDAGuard guard(device);
     const auto stream = c10::cuda::getCurrentCUDAStream(device.index());
-    const auto& entries = call.table.entries;
-    int64_t numel = 0, chunks = 0;
-    for (const Entry& entry : entries) numel += entry.numel;
-    const int64_t chunk = chunk_elements(numel);
-    for (const Entry& entry : entries) chunks += chunk_count(entry.numel, chunk);
-    static_assert(sizeof(Counters) == sizeof(double), "the counters' place in the scratch");
-    const at::Tensor scratch = at::empty({2 * chunks + 1}, call.anchor.options().dtype(at::kDouble));
-    double* slots = scratch.mutable_data_ptr<double>();
-    const auto& [penalty, predicted, by_tensor] = call.result;
-
     PenaltyLaunch launch{};
-    launch.entries = entries.data();
-    launch.num_tensors = static_cast<int64_t>(entries.size());
+    const at::Tensor scratch = set_up(launch, call.table.entries, call.result, counter_pool(), stream);
     launch.anchor = call.anchor.const_data_ptr();
     launch.fisher = call.fisher.const_data_ptr();
     launch.param_dtype = dtype_code(call.param);
@@ -54,13 +37,6 @@ struct Cuda {
     launch.grad_scale = scalar_of(call.grad_scale);
     launch.found_inf = scalar_of(call.found_inf);
     launch.maximize = call.maximize;
-    launch.penalty = penalty.mutable_data_ptr();
-    launch.predicted = predicted.mutable_data_ptr();
-    launch.by_tensor = by_tensor.mutable_data_ptr<double>();
-    launch.slots = reinterpret_cast<double2*>(slots);
-    launch.chunk = chunk;
-    C10_CUDA_CHECK(counter_pool().take(device.index(), stream.id(), stream, slots + 2 * chunks, &launch.counters));
-    launch.multiprocessors = multiprocessors(device);
     C10_CUDA_CHECK(launch_penalty<mode>(launch, stream));
   }
 };

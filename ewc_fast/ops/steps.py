@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,25 +52,6 @@ class Amp(NamedTuple):
     lr: Tensor | None = None
 
 
-@functools.cache
-def _say_reference(device_type: str) -> None:
-    warnings.warn(
-        f"the optimizers' steps have no {device_type} kernel in this version: they run in plain PyTorch there",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-
-
-def _use_kernel(device: torch.device, backend: str) -> bool:
-    if device.type == "cpu" or backend == "reference":
-        return use_native(device, backend)
-    if backend == "native":
-        raise RuntimeError(f"the optimizers' steps have no {device.type} kernel in this version: use backend='auto'")
-    if not torch.compiler.is_compiling():
-        _say_reference(device.type)
-    return False
-
-
 def adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -115,7 +94,7 @@ def adamw_(
     """
     arguments = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
     home = params[0] if params else q.anchor
-    if home is None or not _use_kernel(home.device, backend):
+    if home is None or not use_native(home.device, backend):
         return reference.adamw_(*arguments, q, options, amp, proximal, seed, ordinals)
     rest = (*arguments, q.strides, *q[1:], *amp, *options, proximal, seed, list(ordinals))
     result = None if torch.compiler.is_compiling() else _adamw(*rest)
@@ -151,7 +130,7 @@ def sgd_(
         ValueError, TypeError: As in :func:`adamw_`.
     """
     home = params[0] if params else q.anchor
-    if home is None or not _use_kernel(home.device, backend):
+    if home is None or not use_native(home.device, backend):
         return reference.sgd_(params, grads, momentum_buffers, q, options, amp, first, proximal)
     rest = (params, grads, momentum_buffers, q.strides, *q[1:], *amp, *options, first, proximal)
     result = None if torch.compiler.is_compiling() else _sgd(*rest)
@@ -183,7 +162,7 @@ def proximal_(
         ValueError, TypeError: As in :func:`adamw_`.
     """
     assert q.anchor is not None
-    if not _use_kernel(q.anchor.device, backend):
+    if not use_native(q.anchor.device, backend):
         return reference.proximal_(params, moments, q, rates, found_inf, root)
     rest = (params, moments, q.strides, *q[1:], found_inf, rates, root)
     result = None if torch.compiler.is_compiling() else _proximal(*rest)

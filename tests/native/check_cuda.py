@@ -29,11 +29,12 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
-# As in csrc/cuda/multi_tensor.cuh and penalty.cuh.
+# As in csrc/cuda/multi_tensor.cuh and steps.cuh.
 THREADS = 256
 BYTES_IN_FLIGHT = 128
+MOST_BYTES_OF_A_STEP = 144
 SIZES = {"double": 8, "float": 4, "bf16": 2, "f16": 2}
-# Little's law: what the memory of an H100 wants under load, see penalty.cuh.
+# Little's law: what the memory of an H100 wants under load, see multi_tensor.cuh.
 LEAST_IN_FLIGHT = 40 * 1024
 
 
@@ -56,6 +57,38 @@ def fisher_loads(name: str) -> tuple[int, int]:
     return turns * (vector * fisher // 16), turns * (vector * grad // 16)
 
 
+@dataclass(frozen=True)
+class StepMoves:
+    """How a kernel of the optimizer steps moves, as in steps.cuh; 16-byte accesses for a turn of each operand."""
+
+    vector: int
+    turns: int
+    param: int
+    grad: int  # 0 where the op has none
+    state: int
+    anchor: int
+    fisher: int
+    states: int  # lists of the optimizer's own
+    usual_states: int
+
+    @classmethod
+    def of(cls, name: str) -> StepMoves:
+        optimizer, _, *storages = name.partition("<")[2].rstrip(">").split(", ")
+        states, usual = {"AdamW": (3, 2), "Sgd": (1, 1), "Proximal": (1, 1)}[optimizer]
+        param, grad, state, anchor, fisher = (SIZES[storage] for storage in storages)
+        grad = 0 if optimizer == "Proximal" else grad
+        of_element = param + grad + usual * state + anchor + fisher
+        vector = 16 // min(param, state, anchor, fisher)
+        vector //= 2 if vector * of_element > MOST_BYTES_OF_A_STEP else 1
+        turns = max(BYTES_IN_FLIGHT // (vector * of_element), 1)
+        accesses = [turns * (vector * size // 16) for size in (param, grad, state, anchor, fisher)]
+        return cls(vector, turns, *accesses, states, usual)
+
+    @property
+    def writes_state(self) -> bool:
+        return self.grad > 0
+
+
 def wanted_accesses(name: str) -> Accesses:
     """What a kernel is written to do; asserted of its PTX."""
     arguments = name.partition("<")[2].rstrip(">").split(", ")
@@ -64,12 +97,18 @@ def wanted_accesses(name: str) -> Accesses:
     if name.startswith("fisher_kernel"):
         of_fisher, of_row = fisher_loads(name)
         return Accesses(of_fisher + 2 * of_row, 2 * of_row, of_fisher)
+    sums = 1  # a store at the end of a chunk
+    if name.startswith("step_kernel"):
+        move = StepMoves.of(name)
+        states = move.states * move.state
+        streamed = states + move.anchor + move.fisher
+        written = move.param + (move.grad + states if move.writes_state else 0)
+        return Accesses(move.param + move.grad + streamed, streamed, sums + written)
     mode = int(arguments[0])  # 0: value, 1: write, 2: accumulate
     vector = 16 // min(SIZES[storage] for storage in arguments[2:])
     param, grad, anchor, fisher = (vector * SIZES[storage] // 16 for storage in arguments[2:])
     loads = param + anchor + fisher + (grad if mode == 2 else 0)
     turns = max(BYTES_IN_FLIGHT // (16 * loads), 1)
-    sums = 1  # a store at the end of a chunk
     return Accesses(turns * loads, turns * (anchor + fisher), sums + (turns * grad if mode > 0 else 0))
 
 
@@ -88,6 +127,7 @@ class Kernel:
         """Blocks per multiprocessor that the kernel's grid is sized for."""
         wide = self.name.startswith("penalty_kernel") and ("Any" in self.name or "double" in self.name)
         wide |= self.name.startswith("fisher_kernel") and self.name.endswith("double>")
+        wide |= self.name.startswith("step_kernel") and ("Any" in self.name or StepMoves.of(self.name).vector > 4)
         return 2 if wide else 3
 
     @property
@@ -107,6 +147,11 @@ class Kernel:
             # Of one row, or of many, beside which the Fisher's are few.
             of_fisher, of_row = fisher_loads(self.name)
             loads = min(of_fisher + of_row, 2 * of_row)
+        if self.name.startswith("step_kernel"):
+            move = StepMoves.of(self.name)
+            loads -= (move.states - move.usual_states) * move.state
+            narrow = move.turns * 8 if move.fisher == 0 else 0  # the Fisher's bytes, in words of 8
+            return (16 * loads + narrow) * THREADS * self.blocks
         return 16 * loads * THREADS * self.blocks
 
     def faults(self) -> list[str]:

@@ -13,6 +13,7 @@
 //   Operands that are wider than the arithmetic are rounded to it first: an anchor in d with error u |anchor|.
 //   The Fisher: a square has at most 3 roundings (a gradient wider than the arithmetic counts twice), each of the additions
 //   of rows one, the weight, its product and the last sum one each.
+//   Optimizer steps: some 40 roundings, of numbers of about 1.
 #include <cinttypes>
 #include <cmath>
 #include <cstdarg>
@@ -21,12 +22,15 @@
 #include <set>
 #include <string>
 
+#include "adamw.cu"
 #include "counters.h"
 #include "fisher.cu"
 #include "penalty_accumulate.cu"
 #include "penalty_value.cu"
 #include "penalty_write.cu"
+#include "proximal.cu"
 #include "scale.cu"
+#include "sgd.cu"
 
 namespace {
 
@@ -826,6 +830,518 @@ void test_fisher(const std::function<uint64_t()>& seed) {
   }
 }
 
+// ---- optimizer steps ----
+
+enum class Op { kAdamW, kSgd, kProximal };
+
+struct StepCase {
+  Op op = Op::kAdamW;
+  Dtype p = kF32, g = kF32, s = kF32, a = kF32, f = kF32;
+  std::vector<int64_t> sizes = {1000, 3};
+  ewc::Coupling coupling = ewc::Coupling::kCoupled;  // kNone: no anchor
+  int64_t unprotected = 3;                           // every so many-th tensor
+  int64_t p_shift = 0, g_shift = 0, s_shift = 0, state_shift = 0;  // elements
+  double ewc_lambda = 2.5, delta = 0.3;
+  bool per_tensor = true;  // scale and constant
+  bool fp64_scalars = true;
+  double grad_scale = 0;  // 0: absent
+  int found_inf = -1;     // -1: absent
+  bool maximize = false, amsgrad = false, first = false;
+  ewc::Momentum momentum = ewc::Momentum::kPlain;
+  ewc::Metric metric = ewc::Metric::kRoot;
+  bool lr_tensor = false;
+  int64_t seed = -1;
+  bool nan_anchor = false;  // to show that where lambda is 0 it changes nothing
+  bool static_counters = false;
+  int64_t chunk = ewc::kShortestChunk;
+
+  bool has_gradient() const { return op != Op::kProximal; }
+  int states() const {
+    if (op == Op::kAdamW) return amsgrad ? 3 : 2;
+    return op == Op::kSgd ? momentum != ewc::Momentum::kNone : metric != ewc::Metric::kConstant;
+  }
+};
+
+std::string describe(const StepCase& c) {
+  const char* ops[] = {"adamw", "sgd", "proximal"};
+  const char* couplings[] = {" none", " coupled", " proximal"};
+  std::string text = std::string(ops[static_cast<int>(c.op)]) + couplings[static_cast<int>(c.coupling)];
+  for (const Dtype dtype : {c.p, c.g, c.s, c.a, c.f}) text += std::string(" ") + format_of(dtype).name;
+  text += " tensors " + std::to_string(c.sizes.size()) + " sizes";
+  for (size_t i = 0; i < c.sizes.size() && i < 8; ++i) text += " " + std::to_string(c.sizes[i]);
+  text += " shifts " + std::to_string(c.p_shift) + std::to_string(c.g_shift) + std::to_string(c.s_shift) +
+          std::to_string(c.state_shift) + " lambda " + std::to_string(c.ewc_lambda) + " found_inf " +
+          std::to_string(c.found_inf) + " amsgrad " + std::to_string(c.amsgrad) + " momentum " +
+          std::to_string(static_cast<int>(c.momentum)) + " metric " + std::to_string(static_cast<int>(c.metric)) +
+          " seed " + std::to_string(c.seed);
+  return text;
+}
+
+// What a step leaves, as numbers and as bits.
+struct StepOutputs {
+  std::vector<std::vector<double>> params, states[3];
+  std::string by_tensor;
+};
+
+// Runs the case under several orders and grids, which must agree to the bit, and checks the outputs against the formulas
+// in fp64.
+StepOutputs run_step(const StepCase& c, uint64_t seed, int repeats = 2) {
+  context = describe(c);
+  std::mt19937_64 random(seed);
+  const auto uniform = [&] { return std::uniform_real_distribution<double>(-1, 1)(random); };
+  const auto n = static_cast<int64_t>(c.sizes.size());
+  const bool anchored = c.coupling != ewc::Coupling::kNone;
+  const int states = c.states();
+  std::vector<int64_t> offsets;
+  int64_t total = 0, chunks = 0;
+  for (int64_t t = 0; t < n; ++t) {
+    const bool is_protected = anchored && t % c.unprotected != c.unprotected - 1;
+    offsets.push_back(is_protected ? total : -1);
+    if (is_protected) total += (c.sizes[t] + 31) / 32 * 32;
+    chunks += (c.sizes[t] + c.chunk - 1) / c.chunk;
+  }
+  Buffer anchor(c.a, total, c.state_shift), fisher(c.f, total, c.state_shift);
+  for (int64_t i = 0; i < total; ++i) {  // what lies between tensors must not be read
+    anchor.set(i, kNaN);
+    fisher.set(i, kNaN);
+  }
+  std::vector<Buffer> params, grads, own[3], steps;
+  const Dtype scalars = c.fp64_scalars ? kF64 : kF32, results = c.p == kF64 ? kF64 : kF32;
+  const Dtype coarsest = kB16;  // values that every dtype holds, so that dtypes can be compared
+  for (int64_t t = 0; t < n; ++t) {
+    params.emplace_back(c.p, c.sizes[t], c.p_shift);
+    grads.emplace_back(c.g, c.sizes[t], c.g_shift);
+    for (auto& list : own) list.emplace_back(c.s, c.sizes[t], c.s_shift);
+    steps.emplace_back(scalars, 1);
+    steps[t].set(0, static_cast<double>(1 + t / 2 % 4));
+    const auto draw = [&](Dtype dtype, double x) { return rounded(dtype, rounded(coarsest, x)); };
+    for (int64_t i = 0; i < c.sizes[t]; ++i) {
+      const double theta = uniform();
+      params[t].set(i, draw(c.p, theta));
+      grads[t].set(i, draw(c.g, uniform()));
+      own[0][t].set(i, draw(c.s, c.op == Op::kProximal ? std::abs(uniform()) : uniform()));
+      own[1][t].set(i, draw(c.s, std::abs(uniform())));
+      own[2][t].set(i, draw(c.s, std::abs(uniform())));
+      const double old = theta + 0.5 * uniform(), information = std::max(0.0, uniform());
+      if (offsets[t] < 0) continue;
+      anchor.set(offsets[t] + i, c.nan_anchor ? kNaN : draw(c.a, old));
+      fisher.set(offsets[t] + i, draw(c.f, information));
+    }
+  }
+  const auto scalar_buffer = [&](double x) {
+    Buffer buffer(scalars, 1);
+    buffer.set(0, rounded(scalars, x));
+    return buffer;
+  };
+  const Buffer ewc_lambda = scalar_buffer(c.ewc_lambda), delta = scalar_buffer(c.delta);
+  const Buffer grad_scale = scalar_buffer(c.grad_scale), found_inf = scalar_buffer(c.found_inf);
+  const Buffer lr_buffer = scalar_buffer(0.04);
+  Buffer scale(scalars, n), constant(kF64, n), rates(kF64, 4 * n);
+  for (int64_t t = 0; t < n; ++t) {
+    scale.set(t, rounded(scalars, 1.5 + uniform()));
+    constant.set(t, 1 + uniform());
+    for (int k = 0; k < 4; ++k) rates.set(4 * t + k, 0.55 + 0.45 * uniform());
+  }
+  Buffer penalty(results, 1), predicted(results, 1), by_tensor(kF64, 2 * n), slots(kF64, 2 * chunks);
+  ewc::Counters own_counters{0, 0};
+
+  std::vector<ewc::StepEntry> entries(n);
+  std::vector<const void*> step_pointers;
+  std::vector<int64_t> ordinals;
+  for (int64_t t = 0; t < n; ++t) {
+    ewc::StepEntry& entry = entries[t];
+    entry = {{params[t].data()}, offsets[t], c.sizes[t]};
+    int list = 1;
+    if (c.has_gradient()) entry.data[list++] = grads[t].data();
+    for (int k = 0; k < states; ++k) entry.data[list++] = own[k][t].data();
+    step_pointers.push_back(steps[t].data());
+    ordinals.push_back(100 + 7 * t);
+  }
+  const auto when = [&](bool present, const Buffer& buffer, bool is_fp64) {
+    return present ? Scalar{buffer.data(), is_fp64} : Scalar{};
+  };
+  const bool fp64 = c.fp64_scalars;
+  ewc::StepLaunch launch{};
+  launch.entries = entries.data();
+  launch.num_tensors = n;
+  launch.anchor = anchored ? anchor.data() : nullptr;
+  launch.fisher = anchored ? fisher.data() : nullptr;
+  launch.param_dtype = c.p;
+  launch.grad_dtype = c.g;
+  launch.state_dtype = c.s;
+  launch.anchor_dtype = c.a;
+  launch.fisher_dtype = c.f;
+  launch.coupling = c.coupling;
+  launch.ewc_lambda = when(anchored, ewc_lambda, fp64);
+  launch.delta = when(anchored, delta, fp64);
+  launch.scale = when(anchored && c.per_tensor, scale, fp64);
+  launch.constant = when(anchored && c.per_tensor, constant, true);
+  launch.grad_scale = when(c.grad_scale != 0, grad_scale, fp64);
+  launch.found_inf = when(c.found_inf >= 0, found_inf, fp64);
+  launch.penalty = penalty.data();
+  launch.predicted = predicted.data();
+  launch.by_tensor = static_cast<double*>(by_tensor.data());
+  launch.slots = static_cast<double2*>(slots.data());
+  launch.chunk = c.chunk;
+  launch.counters.index = std::uniform_int_distribution<int>(0, ewc::kStreamCounters - 1)(random);
+  if (!c.static_counters) launch.counters.address = &own_counters;
+  const Scalar lr_scalar = when(c.lr_tensor, lr_buffer, fp64);
+  const double lr = c.lr_tensor ? lr_buffer.get(0) : 0.03;
+  const bool momentum = c.momentum != ewc::Momentum::kNone, nesterov = c.momentum == ewc::Momentum::kNesterov;
+  const ewc::AdamWOptions adamw = {0.03, 0.8, 0.93, 1e-2, 0.2, c.maximize};
+  const ewc::SgdOptions sgd = {0.03, momentum ? 0.7 : 0.0, nesterov ? 0.0 : 0.2, 0.2, nesterov, c.maximize};
+  const auto start = [&] {
+    switch (c.op) {
+      case Op::kAdamW:
+        return ewc::launch_adamw(
+            launch, {adamw, lr_scalar, step_pointers.data(), ordinals.data(), c.seed, fp64, c.amsgrad}, nullptr);
+      case Op::kSgd: return ewc::launch_sgd(launch, {sgd, lr_scalar, c.first}, nullptr);
+      default: return ewc::launch_proximal(launch, {static_cast<const double*>(rates.data()), c.metric}, nullptr);
+    }
+  };
+
+  const auto bytes_of = [](const std::vector<Buffer>& buffers) {
+    std::vector<std::string> bytes;
+    for (const Buffer& buffer : buffers) bytes.push_back(buffer.bytes());
+    return bytes;
+  };
+  std::vector<Buffer>* const lists[] = {&params, &grads, &own[0], &own[1], &own[2]};
+  const std::string old_anchor = anchor.bytes(), old_fisher = fisher.bytes();
+  std::vector<std::string> old[5], now[5];
+  for (int l = 0; l < 5; ++l) old[l] = bytes_of(*lists[l]);
+  std::string results_now;
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    for (int l = 0; l < 5; ++l) {
+      for (int64_t t = 0; t < n; ++t) (*lists[l])[t].restore(old[l][t]);
+    }
+    for (int64_t i = 0; i < 2 * n; ++i) by_tensor.set(i, kNaN);
+    for (int64_t i = 0; i < 2 * chunks; ++i) slots.set(i, kNaN);
+    penalty.set(0, -1);
+    predicted.set(0, -1);
+    launch.multiprocessors = std::vector<int>{5, 1, 2}[repeat % 3];
+    emulation::device.random.seed(seed + repeat);
+    emulation::device.launches = emulation::device.memsets = 0;
+    check(start() == cudaSuccess, "the launch failed");
+    const int64_t launches = std::max<int64_t>(1, (n + ewc::kStepsPerLaunch - 1) / ewc::kStepsPerLaunch);
+    check(emulation::device.launches == launches && emulation::device.memsets == 0, "%d launches, %d memsets",
+          emulation::device.launches, emulation::device.memsets);
+    const ewc::Counters left = c.static_counters ? ewc::static_counters[launch.counters.index] : own_counters;
+    check(left.taken == 0 && left.finished == 0, "the counters are left at %u and %u", left.taken, left.finished);
+    bool equal = true;
+    for (int l = 0; l < 5; ++l) {
+      if (repeat == 0) now[l] = bytes_of(*lists[l]);
+      equal &= now[l] == bytes_of(*lists[l]);
+    }
+    const std::string of_repeat = penalty.bytes() + predicted.bytes() + by_tensor.bytes();
+    if (repeat == 0) results_now = of_repeat;
+    check(equal && results_now == of_repeat, "other bits in repeat %d", repeat);
+  }
+  check(anchor.bytes() == old_anchor && fisher.bytes() == old_fisher, "the state was written");
+
+  // The formulas.
+  const double u = c.p == kF64 ? std::ldexp(1.0, -53) : std::ldexp(1.0, -24);
+  const double lambda = anchored ? ewc_lambda.get(0) : 0, damping = anchored ? delta.get(0) : 0;
+  const bool goes = c.found_inf != 1, is_coupled = c.coupling == ewc::Coupling::kCoupled;
+  const auto was = [&](int l, int64_t t, int64_t i) {
+    const Dtype dtype = l == 0 ? c.p : l == 1 ? c.g : c.s;
+    const int64_t shift = l == 0 ? c.p_shift : l == 1 ? c.g_shift : c.s_shift;
+    return decode(dtype, old[l][t].data() + (shift + i) * format_of(dtype).bytes);
+  };
+  double all = 0, forgetting = 0, all_bound = 0, forgetting_bound = 0;
+  for (int64_t t = 0; t < n; ++t) {
+    const bool is_protected = offsets[t] >= 0, acts = is_protected && lambda != 0;
+    const bool writes = goes && (acts || c.op != Op::kProximal), unscales = writes && c.grad_scale != 0;
+    const double s = anchored && c.per_tensor ? scale.get(t) : 1, step = steps[t].get(0);
+    const double constant_t = anchored && c.per_tensor ? constant.get(t) : 0;
+    const double of_lr = c.op == Op::kProximal ? rates.get(4 * t) : lr;
+    double weighted = 0, squared = 0, weighted_bound = 0, squared_bound = 0;
+    const auto expect = [&](const Buffer& buffer, Dtype dtype, const char* what, int64_t i, double expected) {
+      // Stochastic rounding: to either neighbour.
+      const Format stored = format_of(dtype);
+      const double rounding = (c.seed >= 0 && dtype == kB16 ? 2.02 : 1.01) * stored.roundoff();
+      const double bound = rounding * std::abs(expected) + 60 * u * (1 + std::abs(expected)) +
+                           std::ldexp(1.0, stored.lowest);
+      check(close(buffer.get(i), expected, bound), "%s [%" PRId64 "][%" PRId64 "] is %.17g, expected %.17g", what, t, i,
+            buffer.get(i), expected);
+    };
+    for (int64_t i = 0; i < c.sizes[t]; ++i) {
+      const double before = was(0, t, i);
+      const double a = is_protected ? anchor.get(offsets[t] + i) : 0, f = is_protected ? fisher.get(offsets[t] + i) : 0;
+      double theta = before, valued = before, gradient = was(1, t, i);
+      if (unscales) gradient = rounded(c.g, gradient / grad_scale.get(0));
+      if (c.has_gradient()) {
+        check(same(grads[t].get(i), gradient), "gradient [%" PRId64 "][%" PRId64 "] is %.17g, expected %.17g", t, i,
+              grads[t].get(i), gradient);
+      }
+      if (writes) {
+        if (c.maximize) gradient = -gradient;
+        if (acts && is_coupled) gradient += lambda * s * (f + damping) * (before - a);
+        double metric = 0;
+        if (c.op == Op::kAdamW) {
+          const double m = 0.8 * was(2, t, i) + 0.2 * gradient, v = 0.93 * was(3, t, i) + 0.07 * gradient * gradient;
+          const double largest = c.amsgrad ? std::max(was(4, t, i), v) : v;
+          metric = std::sqrt(largest / (1 - std::pow(0.93, step))) + 1e-2;
+          theta = theta * (1 - lr * 0.2) - lr * m / (1 - std::pow(0.8, step)) / metric;
+          expect(own[0][t], c.s, "first moment", i, m);
+          expect(own[1][t], c.s, "second moment", i, v);
+          if (c.amsgrad) expect(own[2][t], c.s, "largest", i, largest);
+        } else if (c.op == Op::kSgd) {
+          gradient += 0.2 * theta;
+          metric = momentum ? (1 - sgd.momentum) / (1 - sgd.dampening) : 1;
+          if (momentum) {
+            const double buffer = c.first ? gradient : 0.7 * was(2, t, i) + (1 - sgd.dampening) * gradient;
+            gradient = nesterov ? gradient + 0.7 * buffer : buffer;
+            expect(own[0][t], c.s, "momentum", i, buffer);
+          }
+          theta -= lr * gradient;
+        } else {
+          const double factor = rates.get(4 * t + 1), x = was(2, t, i);
+          metric = c.metric == ewc::Metric::kConstant ? factor
+                   : c.metric == ewc::Metric::kLinear ? factor * x
+                                                      : factor * (std::sqrt(rates.get(4 * t + 2) * x) + rates.get(4 * t + 3));
+        }
+        if (acts && !is_coupled) {
+          valued = theta;
+          const double weight = of_lr * lambda * s * (f + damping);
+          if (metric + weight > 0) theta = (metric * theta + weight * a) / (metric + weight);
+        }
+        expect(params[t], c.p, "parameter", i, theta);
+      }
+      if (!is_protected) continue;
+      if (goes && !acts && !is_coupled) valued = params[t].get(i);  // as it is stored
+      const double d = valued - a, d_bound = (acts && !is_coupled ? 60 : 2) * u * (1 + std::abs(valued) + std::abs(a));
+      weighted += f * d * d;
+      squared += d * d;
+      weighted_bound += f * (2 * std::abs(d) + d_bound) * d_bound;
+      squared_bound += (2 * std::abs(d) + d_bound) * d_bound;
+    }
+    const double sum_bound = (5 + kChunk / kThreads + 1) * u + 100 * std::ldexp(1.0, -53);
+    const double value = lambda == 0 ? 0 : lambda / 2 * s * (weighted + constant_t + damping * squared);
+    const double predicted_t = (weighted + constant_t) / 2;
+    weighted_bound += sum_bound * (weighted + constant_t);
+    squared_bound += sum_bound * squared;
+    const double bound = lambda / 2 * s * (weighted_bound + damping * squared_bound);
+    check(close(by_tensor.get(t), value, bound), "penalty of tensor %" PRId64 " is %.17g, expected %.17g", t,
+          by_tensor.get(t), value);
+    check(close(by_tensor.get(n + t), predicted_t, weighted_bound / 2),
+          "forgetting of tensor %" PRId64 " is %.17g, expected %.17g", t, by_tensor.get(n + t), predicted_t);
+    all += value;
+    all_bound += bound;
+    forgetting += predicted_t;
+    forgetting_bound += weighted_bound / 2;
+
+    for (int l = 0; l < 5; ++l) {
+      const bool is_written = l == 0 ? writes : l == 1 ? unscales : writes && c.has_gradient() && l - 2 < states;
+      const int64_t shift = l == 0 ? c.p_shift : l == 1 ? c.g_shift : c.s_shift;
+      const size_t head = shift * format_of(l == 0 ? c.p : l == 1 ? c.g : c.s).bytes;
+      check(is_written ? now[l][t].compare(0, head, old[l][t], 0, head) == 0 : now[l][t] == old[l][t],
+            "list %d, tensor %" PRId64 ": memory was written that should not be", l, t);
+    }
+  }
+  const double last_rounding = format_of(results).roundoff() + 100 * std::ldexp(1.0, -53);
+  check(close(penalty.get(0), all, all_bound + last_rounding * all), "the penalty is %.17g, expected %.17g",
+        penalty.get(0), all);
+  check(close(predicted.get(0), forgetting, forgetting_bound + last_rounding * forgetting),
+        "the forgetting is %.17g, expected %.17g", predicted.get(0), forgetting);
+
+  StepOutputs outputs;
+  outputs.by_tensor = by_tensor.bytes();
+  const auto numbers = [&](const std::vector<Buffer>& buffers) {
+    std::vector<std::vector<double>> found(n);
+    for (int64_t t = 0; t < n; ++t) {
+      for (int64_t i = 0; i < c.sizes[t]; ++i) found[t].push_back(buffers[t].get(i));
+    }
+    return found;
+  };
+  outputs.params = numbers(params);
+  for (int k = 0; k < states; ++k) outputs.states[k] = numbers(own[k]);
+  return outputs;
+}
+
+constexpr ewc::Coupling kCouplings[] = {ewc::Coupling::kNone, ewc::Coupling::kCoupled, ewc::Coupling::kProximal};
+
+// Every kind of step: with and without amsgrad, all kinds of momentum, all metrics, in every coupling.
+std::vector<StepCase> step_kinds() {
+  std::vector<StepCase> cases;
+  for (const ewc::Coupling coupling : kCouplings) {
+    StepCase c;
+    c.coupling = coupling;
+    for (const bool amsgrad : {false, true}) {
+      c.amsgrad = amsgrad;
+      cases.push_back(c);
+    }
+    c.op = Op::kSgd;
+    for (const ewc::Momentum momentum : {ewc::Momentum::kNone, ewc::Momentum::kPlain, ewc::Momentum::kNesterov}) {
+      c.momentum = momentum;
+      c.first = false;
+      cases.push_back(c);
+      if (momentum == ewc::Momentum::kNone) continue;
+      c.first = true;
+      cases.push_back(c);
+    }
+  }
+  StepCase c;
+  c.op = Op::kProximal;
+  c.coupling = ewc::Coupling::kProximal;
+  for (const ewc::Metric metric : {ewc::Metric::kConstant, ewc::Metric::kLinear, ewc::Metric::kRoot}) {
+    c.metric = metric;
+    cases.push_back(c);
+  }
+  return cases;
+}
+
+void test_step_kinds(const std::function<uint64_t()>& seed) {
+  for (StepCase c : step_kinds()) {
+    c.sizes = {1027, 0, 300, 5};
+    c.maximize = c.amsgrad || c.first;
+    c.static_counters = c.amsgrad;
+    run_step(c, seed());
+    c.per_tensor = false;
+    c.fp64_scalars = false;
+    c.lr_tensor = true;
+    c.grad_scale = c.op == Op::kProximal ? 0 : 1024;
+    c.found_inf = 0;
+    run_step(c, seed(), 1);
+    for (const Dtype g : {kF32, kB16}) {  // with a kernel of its own, and without
+      c.g = g;
+      c.found_inf = 1;
+      run_step(c, seed(), 1);
+      c.found_inf = -1;
+      c.ewc_lambda = 0;
+      run_step(c, seed(), 1);
+      c.nan_anchor = true;
+      run_step(c, seed(), 1);
+      c.nan_anchor = false;
+      c.ewc_lambda = 2.5;
+    }
+  }
+}
+
+void test_step_dtypes(const std::function<uint64_t()>& seed) {
+  const std::vector<std::vector<Dtype>> combinations = {
+      {kF32, kF32, kF32, kF32, kF32}, {kF32, kF32, kF32, kF32, kB16}, {kB16, kB16, kF32, kB16, kB16},
+      {kB16, kB16, kF32, kB16, kF32}, {kB16, kB16, kB16, kB16, kB16}, {kF64, kF64, kF64, kF64, kF64},
+      {kF16, kF16, kF32, kF32, kB16}, {kF32, kB16, kB16, kF16, kF64}, {kF64, kF32, kF16, kB16, kF32}};
+  for (const auto& dtypes : combinations) {
+    for (StepCase c : step_kinds()) {
+      c.p = dtypes[0];
+      c.g = dtypes[1];
+      c.s = dtypes[2];
+      c.a = dtypes[3];
+      c.f = dtypes[4];
+      c.sizes = {2059, 21, 2};
+      c.grad_scale = c.amsgrad ? 4 : 0;
+      run_step(c, seed(), 1);
+      if (c.coupling != ewc::Coupling::kProximal) continue;
+      c.sizes = {300, 21, 2};
+      c.p_shift = 1;  // element by element
+      run_step(c, seed(), 1);
+    }
+  }
+}
+
+void test_step_sizes(const std::function<uint64_t()>& seed) {
+  for (const Op op : {Op::kAdamW, Op::kSgd, Op::kProximal}) {
+    for (const Dtype dtype : {kF32, kB16}) {
+      StepCase c;
+      c.op = op;
+      c.coupling = op == Op::kSgd ? ewc::Coupling::kCoupled : ewc::Coupling::kProximal;
+      c.p = c.g = c.s = c.a = c.f = dtype;
+      c.unprotected = 5;
+      c.sizes = boundaries(c.chunk);
+      run_step(c, seed(), 3);  // 5, 1 and 2 multiprocessors
+      c.chunk = kChunk;
+      c.sizes = {kChunk + 1, 0, kChunk - 1};
+      run_step(c, seed(), 1);
+      for (const std::vector<int64_t>& sizes :
+           std::vector<std::vector<int64_t>>{{}, {0}, {0, 0, 0}, {0, 0, 40}, {40, 50, 0, 0}}) {
+        c.sizes = sizes;
+        run_step(c, seed(), 1);
+      }
+    }
+  }
+}
+
+void test_step_alignment(const std::function<uint64_t()>& seed) {
+  for (StepCase c : step_kinds()) {
+    for (const Dtype dtype : {kF32, kB16}) {
+      c.p = c.g = c.a = dtype;
+      c.s = kF32;
+      c.f = kB16;
+      c.sizes = {1, 1023, 2058};
+      const uint64_t of_case = seed();
+      c.p_shift = c.g_shift = c.s_shift = c.state_shift = 0;
+      const StepOutputs aligned = run_step(c, of_case, 1);
+      for (const int shifts : {1, 2, 4, 8, 15}) {
+        c.p_shift = shifts & 1;
+        c.g_shift = shifts >> 1 & 1;
+        c.s_shift = shifts >> 2 & 1;
+        c.state_shift = shifts >> 3 & 1;
+        const StepOutputs shifted = run_step(c, of_case, 1);
+        check(shifted.by_tensor == aligned.by_tensor && shifted.params == aligned.params,
+              "the results depend on alignment");
+      }
+    }
+  }
+}
+
+void test_many_steps(const std::function<uint64_t()>& seed) {
+  check(sizeof(void*) != 8 || ewc::kParameterBytes < 32764 || ewc::kStepsPerLaunch == 450, "a launch holds %d tensors",
+        ewc::kStepsPerLaunch);
+  for (const Op op : {Op::kAdamW, Op::kSgd, Op::kProximal}) {
+    for (const int64_t n : {int64_t{ewc::kStepsPerLaunch}, int64_t{2 * ewc::kStepsPerLaunch + 1}}) {
+      StepCase c;
+      c.op = op;
+      c.coupling = op == Op::kProximal ? ewc::Coupling::kProximal : ewc::Coupling::kCoupled;
+      c.sizes.clear();
+      for (int64_t t = 0; t < n; ++t) c.sizes.push_back(t % 7 == 3 ? 0 : 1 + t % 11);
+      c.sizes[n / 2] = c.chunk + 1;
+      c.static_counters = true;
+      run_step(c, seed(), 1);
+    }
+  }
+}
+
+// Bits: what the same arithmetic leaves in fp32, rounded on the host.
+void test_stochastic_rounding(const std::function<uint64_t()>& seed) {
+  for (const ewc::Coupling coupling : kCouplings) {
+    for (const std::vector<Dtype>& dtypes : std::vector<std::vector<Dtype>>{
+             {kB16, kB16, kB16}, {kB16, kB16, kF32}, {kB16, kF32, kB16}, {kF32, kF32, kB16}, {kF32, kF32, kF32}}) {
+      for (const int64_t shift : {0, 1}) {
+        StepCase c;
+        c.coupling = coupling;
+        c.amsgrad = coupling == ewc::Coupling::kCoupled;
+        c.a = c.f = kB16;
+        c.sizes = {5, 2 * c.chunk + 3, 0, 40};
+        const uint64_t of_case = seed();
+        const StepOutputs unrounded = run_step(c, of_case, 1);
+        c.p = dtypes[0];
+        c.g = dtypes[1];
+        c.s = dtypes[2];
+        c.p_shift = shift;
+        c.seed = static_cast<int64_t>(of_case >> 32);
+        const StepOutputs found = run_step(c, of_case, 1);
+        const auto compare = [&](const auto& got, const auto& exact, Dtype dtype, uint32_t list) {
+          for (size_t t = 0; dtype == kB16 && t < got.size(); ++t) {
+            const uint32_t key = ewc::rounding_key(static_cast<uint32_t>(c.seed), static_cast<uint32_t>(1 + t / 2 % 4),
+                                                   static_cast<uint32_t>(100 + 7 * t), list);
+            for (size_t i = 0; i < got[t].size(); ++i) {
+              const ewc::bf16 bits = ewc::store_stochastic(static_cast<float>(exact[t][i]), key,
+                                                           static_cast<uint32_t>(i), ewc::high_part(i));
+              const double expected = decode(kB16, &bits);
+              check(got[t][i] == expected, "list %u [%zu][%zu] is %.17g, expected %.17g", list, t, i, got[t][i],
+                    expected);
+            }
+          }
+          if (dtype != kB16) check(got == exact, "list %u was rounded", list);
+        };
+        compare(found.params, unrounded.params, c.p, 0);
+        for (int k = 0; k < c.states(); ++k) compare(found.states[k], unrounded.states[k], c.s, 2 + k);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -846,6 +1362,12 @@ int main(int argc, char** argv) {
   test_nan(seed);
   test_scale(seed);
   test_fisher(seed);
+  test_step_kinds(seed);
+  test_step_dtypes(seed);
+  test_step_sizes(seed);
+  test_step_alignment(seed);
+  test_many_steps(seed);
+  test_stochastic_rounding(seed);
   test_chunk_elements();
   test_counter_pool();
   std::printf("seed %s, %d tensors a launch: %" PRId64 " checks, %d failed\n", argv[1], kTensorsPerLaunch, checks,

@@ -13,12 +13,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from ewc_fast import EWCLoss, ewc_penalty
 from ewc_fast.ops import penalty as ops
+from ewc_fast.ops import steps as step_ops
 from ewc_fast.ops.fisher import fisher_accumulate_
-from ewc_fast.ops.types import FlatQuadratic
+from ewc_fast.ops.types import FlatQuadratic, PenaltyResult, StepQuadratic
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZES = (0, 1, 3, 255, 2049, 32767, 32769, 100_003)
-TENSORS_PER_LAUNCH, FISHERS_PER_LAUNCH = 800, 600  # with kernel parameters of 32 KB
+TENSORS_PER_LAUNCH, FISHERS_PER_LAUNCH, STEPS_PER_LAUNCH = 800, 600, 450  # with kernel parameters of 32 KB
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -547,3 +548,202 @@ def test_the_gradient_hook_compiled_with_reduced_overhead() -> None:
             wanted = calls * torch.cat(gradients)
             torch.testing.assert_close(torch.cat(grads).double().cpu(), wanted, rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
+
+
+# ---- optimizer steps ----
+
+F64, F32, B16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+STEP_OPS = ("adamw", "amsgrad", "sgd", "momentum", "nesterov", "proximal")
+
+
+class Step:
+    """A step's tensors on the CPU, every third parameter unprotected; ``run`` works on copies of them.
+
+    Args:
+        op: One of ``STEP_OPS``.
+        dtypes: Of parameters and gradients, the optimizer's own tensors, anchor and Fisher.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        dtypes: tuple[torch.dtype, ...] = (F32, F32, F32, F32),
+        sizes: tuple[int, ...] = (0, 1, 3, 255, 2049, 32767, 32769),
+        ewc_lambda: float = 3.0,
+    ) -> None:
+        self.op, (dtype, moments, anchor, fisher) = op, dtypes
+        self.params = [torch.randn(n).to(dtype) for n in sizes]
+        self.grads = [torch.randn(n).to(dtype) for n in sizes]
+        self.states = [[torch.rand(n).to(moments) for n in sizes] for _ in range(3)]
+        self.steps = [torch.tensor(float(1 + i % 3)) for i in range(len(sizes))]
+        self.rates = 0.1 + torch.rand(len(sizes), 4, dtype=F64)
+        offsets, total = [], 0
+        for i, n in enumerate(sizes):
+            offsets.append(-1 if i % 3 == 2 else total)
+            total += -(-n // 64) * 64
+        self.q = StepQuadratic(
+            [1] * len(sizes), torch.randn(total).to(anchor), torch.rand(total).to(fisher), offsets,
+            torch.tensor(ewc_lambda, dtype=F64), torch.tensor(0.25, dtype=F64), torch.rand(len(sizes)),
+            torch.rand(len(sizes), dtype=F64) * (torch.tensor(offsets) >= 0),
+        )  # fmt: skip
+
+    def lists(self) -> list[list[Tensor]]:
+        """What the op writes, and its gradients."""
+        count = {"adamw": 2, "amsgrad": 3, "sgd": 0}.get(self.op, 1)
+        return [self.params, self.grads, *self.states[:count]]
+
+    def place(self, device: torch.device) -> tuple[list[list[Tensor]], Callable[..., PenaltyResult]]:
+        """Copies of the tensors on a device, one of them misaligned, and the call that steps them."""
+
+        def copy(t: Tensor) -> Tensor:
+            misaligned = torch.empty(t.numel() + 1, dtype=t.dtype, device=device)[1:]
+            return misaligned.copy_(t) if t.numel() == 32767 else t.to(device, copy=True)
+
+        lists = [[copy(t) for t in tensors] for tensors in self.lists()]
+        move = lambda t: t.to(device) if isinstance(t, Tensor) else t  # noqa: E731
+        q = StepQuadratic(*map(move, self.q))
+        params, grads, *states = lists
+        steps, rates = [t.to(device) for t in self.steps], self.rates.to(device)
+
+        def run(backend: str = "native", proximal: bool = False, seed: int = -1, **amp: Tensor) -> PenaltyResult:
+            moved = step_ops.Amp(**{name: t.to(device) for name, t in amp.items()})
+            if self.op == "proximal":
+                return step_ops.proximal_(params, states[0], q, rates, moved.found_inf, backend=backend)
+            if self.op in ("adamw", "amsgrad"):
+                largest = states[2] if self.op == "amsgrad" else []
+                options = step_ops.AdamWOptions(0.03, 0.8, 0.93, 1e-3, 0.2, self.op == "amsgrad")
+                return step_ops.adamw_(
+                    params, grads, states[0], states[1], largest, steps, q, options, moved, proximal=proximal,
+                    seed=seed, ordinals=range(len(params)), backend=backend,
+                )  # fmt: skip
+            momentum, nesterov = 0.0 if self.op == "sgd" else 0.7, self.op == "nesterov"
+            sgd = step_ops.SGDOptions(0.03, momentum, 0.0 if nesterov else 0.1, 0.2, nesterov, nesterov)
+            return step_ops.sgd_(
+                params, grads, states[0] if states else [], q, sgd, moved, proximal=proximal, backend=backend
+            )
+
+        run.q, run.steps = q, steps  # type: ignore[attr-defined]
+        return lists, run
+
+
+CPU = torch.device("cpu")
+
+
+def assert_step(found: list[list[Tensor]], wanted: list[list[Tensor]], ulps: int = 2) -> None:
+    """To neighbours in the type that is stored, or ``ulps`` / 2 numbers away, and some rounding of the arithmetic."""
+    for some, others in zip(found, wanted, strict=True):
+        f, w = torch.cat(some), torch.cat(others).double()
+        tolerance = ulps * EPS[f.dtype] + 100 * EPS[F64 if f.dtype == F64 else F32]
+        assert bool(((f.double().cpu() - w).abs() <= tolerance * (1 + w.abs())).all())
+
+
+def assert_equal(found: list[list[Tensor]], wanted: list[list[Tensor]]) -> None:
+    assert all(torch.equal(torch.cat(f).cpu(), torch.cat(w).cpu()) for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("op", STEP_OPS)
+@pytest.mark.parametrize("proximal", [False, True], ids=["coupled", "proximal"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (F32, F32, F32, F32),
+        (F32, F32, F32, B16),
+        (B16, F32, B16, B16),
+        (B16, F32, B16, F32),
+        (B16, B16, B16, B16),
+        (F64, F64, F64, F64),
+        (F16, F32, F32, B16),
+        (F32, B16, B16, F64),
+    ],
+    ids=lambda dtypes: "-".join(str(d)[6:] for d in dtypes),
+)
+def test_steps(device: torch.device, op: str, proximal: bool, dtypes: tuple[torch.dtype, ...]) -> None:
+    step = Step(op, dtypes)
+    amp = {"grad_scale": torch.tensor(4.0), "found_inf": torch.zeros(()), "lr": torch.tensor(0.02)}
+    for scalars in ({}, amp):
+        (found, run), (wanted, reference) = step.place(device), step.place(CPU)
+        result = run(proximal=proximal, **scalars)
+        expected = reference("reference", proximal=proximal, **scalars)
+        assert_step(found, wanted)
+        torch.testing.assert_close(result.by_tensor.cpu(), expected.by_tensor, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result.penalty.cpu(), expected.penalty, rtol=1e-5, atol=0)
+        torch.testing.assert_close(result.predicted.cpu(), expected.predicted, rtol=1e-5, atol=0)
+        again, run = step.place(device)
+        assert torch.equal(run(proximal=proximal, **scalars).by_tensor, result.by_tensor)
+        assert_equal(again, found)
+
+
+@pytest.mark.parametrize("op", STEP_OPS)
+@pytest.mark.parametrize("proximal", [False, True], ids=["coupled", "proximal"])
+def test_steps_at_lambda_0_and_on_overflow(device: torch.device, op: str, proximal: bool) -> None:
+    step = Step(op, ewc_lambda=0.0)
+    assert step.q.anchor is not None
+    step.q.anchor[1] = float("inf")  # 0 times that would be NaN
+    (found, run), (wanted, reference) = step.place(device), step.place(CPU)
+    result = run(proximal=proximal)
+    reference("reference", proximal=proximal)
+    assert result.penalty.item() == 0.0
+    assert_step(found, wanted)
+    step = Step(op)
+    found, run = step.place(device)
+    result = run(proximal=proximal, found_inf=torch.ones(()), grad_scale=torch.tensor(8.0))
+    assert result.penalty.item() > 0.0
+    assert_equal(found, step.lists())
+
+
+@pytest.mark.parametrize("moments", [F32, B16], ids=str)
+def test_stochastic_rounding_repeats(device: torch.device, moments: torch.dtype) -> None:
+    """Arithmetic may be rounded otherwise than on the CPU, the numbers drawn are the same: most results are equal."""
+    step = Step("adamw", (B16, moments, B16, B16))
+    (found, run), (again, rerun), (wanted, reference) = step.place(device), step.place(device), step.place(CPU)
+    run(seed=5)
+    rerun(seed=5)
+    reference("reference", seed=5)
+    assert_step(found, wanted)
+    assert_equal(again, found)
+    assert (torch.cat(found[0]).cpu() == torch.cat(wanted[0])).double().mean().item() > 0.99
+
+
+@pytest.mark.parametrize("op", ["adamw", "sgd", "proximal"])
+@pytest.mark.parametrize("n", [STEPS_PER_LAUNCH, 2 * STEPS_PER_LAUNCH + 1])
+def test_many_steps(device: torch.device, op: str, n: int) -> None:
+    step = Step(op, sizes=tuple(torch.randint(13, (n,)).tolist()))
+    (found, run), (wanted, reference) = step.place(device), step.place(CPU)
+    result, expected = run(), reference("reference")
+    assert_step(found, wanted)
+    torch.testing.assert_close(result.by_tensor.cpu(), expected.by_tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "launches"), [(1, 1), (STEPS_PER_LAUNCH, 1), (STEPS_PER_LAUNCH + 1, 2)])
+@pytest.mark.parametrize("op", ["adamw", "sgd", "proximal"])
+def test_launches_are_all_that_runs_for_a_step(op: str, n: int, launches: int) -> None:
+    _, run = Step(op, sizes=(40,) * n).place(torch.device("cuda"))
+    work = device_work(run)
+    assert len(work) == launches and all("step_kernel" in name for name in work), work
+    with no_synchronisation():
+        run()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["adamw", "momentum", "proximal"])
+def test_a_step_in_a_cuda_graph(op: str) -> None:
+    """Lambda and the step counts are read at each replay."""
+    step = Step(op)
+    (found, run), (wanted, reference) = step.place(torch.device("cuda")), step.place(CPU)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        Step(op).place(torch.device("cuda"))[1]()  # warms up
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    for factor in (1.0, 0.0, 2.0):
+        for one in (run, reference):
+            one.q.ewc_lambda.fill_(3.0 * factor)  # type: ignore[attr-defined]
+            torch._foreach_add_(one.steps, 1.0)  # type: ignore[attr-defined]
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = reference("reference")
+        assert_step(found, wanted, ulps=4)
+        torch.testing.assert_close(result.penalty.cpu(), expected.penalty, rtol=1e-4, atol=0)
