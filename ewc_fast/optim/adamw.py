@@ -104,14 +104,14 @@ class EWCAdamW(torch.optim.AdamW):
         )
         self._moments_dtype = moments_dtype
         self._seed = seed if stochastic_rounding else -1
-        self._fused = FusedStep(self, ewc, coupling, self._run, self._sort)
+        self._fused = FusedStep(self, ewc, coupling, EWCAdamW._run, EWCAdamW._sort)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, which torch makes of state and groups alone: it has no penalty."""
         super().__setstate__(state)
         if not hasattr(self, "_fused"):
             self._moments_dtype, self._seed = None, -1
-            self._fused = FusedStep(self, None, "coupled", self._run, self._sort)
+            self._fused = FusedStep(self, None, "coupled", EWCAdamW._run, EWCAdamW._sort)
 
     def _dtype_for(self, p: nn.Parameter) -> torch.dtype:
         return p.dtype if self._moments_dtype is None or p.is_complex() else self._moments_dtype

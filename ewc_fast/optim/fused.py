@@ -54,8 +54,9 @@ class Bundle:
         return StepQuadratic(self.q.strides, None, None, [-1] * len(self.q.offsets))
 
 
-Sort = Callable[[nn.Parameter], Hashable]
-Run = Callable[[dict[str, Any], Bundle, StepQuadratic, Amp, bool], PenaltyResult]
+# Functions of the optimizer's class: bound ones would keep a dropped optimizer, and its penalty, until a collection.
+Sort = Callable[[Any, nn.Parameter], Hashable]
+Run = Callable[[Any, dict[str, Any], Bundle, StepQuadratic, Amp, bool], PenaltyResult]
 
 
 class FusedStep:
@@ -65,8 +66,8 @@ class FusedStep:
         optimizer: The optimizer; it keeps this object.
         ewc: The penalty, or None.
         coupling: See :meth:`ewc_fast.EWCLoss.attach`.
-        run: Steps a bundle of a group: (group, bundle, quadratic, what lives on the device, proximal).
-        sort: What parameters of one bundle have in common, besides device and dtypes.
+        run: Steps a bundle of a group: (optimizer, group, bundle, quadratic, what lives on the device, proximal).
+        sort: Of (optimizer, parameter): what parameters of one bundle have in common, besides device and dtypes.
     """
 
     def __init__(
@@ -135,7 +136,8 @@ class FusedStep:
                 lr.reshape(()).to(home, non_blocking=True) if isinstance(lr, Tensor) else None,
             )
             try:
-                result = self.run(group, bundle, bundle.q if penalised else bundle.unpenalised(), amp, self.proximal)
+                q = bundle.q if penalised else bundle.unpenalised()
+                result = self.run(optimizer, group, bundle, q, amp, self.proximal)
             except (ValueError, TypeError, RuntimeError) as error:
                 if bundle.part is not None and bundle.pieces is None:
                     raise_with_names(error, bundle.part)
@@ -175,7 +177,7 @@ class FusedStep:
                     f"{type(optimizer).__name__} does not support sparse gradients, and a parameter of shape "
                     f"{tuple(p.shape)} has one: build its layer with sparse=False"
                 )
-        kinds = [(p.device, p.dtype, p.grad.dtype, self.sort(p)) for p in params]
+        kinds = [(p.device, p.dtype, p.grad.dtype, self.sort(optimizer, p)) for p in params]
         strides = (p.stride() for p in params)
         key = (None if ewc is None else ewc._generation, lambda_scale(group), *map(id, params), *kinds, *strides)
         known = self._bundles.get(number)

@@ -80,13 +80,13 @@ class EWCSGD(torch.optim.SGD):
             maximize=maximize,
             fused=True,
         )
-        self._fused = FusedStep(self, ewc, coupling, self._run, self._sort)
+        self._fused = FusedStep(self, ewc, coupling, EWCSGD._run, EWCSGD._sort)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, which torch makes of state and groups alone: it has no penalty."""
         super().__setstate__(state)
         if not hasattr(self, "_fused"):
-            self._fused = FusedStep(self, None, "coupled", self._run, self._sort)
+            self._fused = FusedStep(self, None, "coupled", EWCSGD._run, EWCSGD._sort)
 
     def _sort(self, p: nn.Parameter) -> torch.dtype | None:
         """The buffer's dtype; None where the momentum begins with the next gradient."""

@@ -32,3 +32,8 @@ def fisher_kinds(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def calibration(fisher_kinds: ModuleType) -> ModuleType:
     pytest.importorskip("transformers")
     return importlib.import_module("calibration")
+
+
+@pytest.fixture
+def coupling(fisher_kinds: ModuleType) -> ModuleType:
+    return importlib.import_module("coupling")

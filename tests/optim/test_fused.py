@@ -533,6 +533,17 @@ def test_a_copy_has_no_penalty() -> None:
     copied.step()
 
 
+@pytest.mark.parametrize("kind", [EWCAdamW, EWCSGD])
+def test_a_fresh_optimizer_for_every_task_leaves_nothing_behind(kind: Any) -> None:
+    model, ewc = make()
+    for batch in batches(3):
+        optimizer = kind(model.parameters(), lr=0.01, ewc=ewc)  # a warning would be an error
+        backward(model, batch)
+        optimizer.step()
+        del optimizer
+    ewc().backward()  # attached to nothing any more
+
+
 def test_hooks_run_and_lambda_can_change_between_steps() -> None:
     model, ewc = make()
     optimizer = EWCSGD(model.parameters(), lr=0.0, ewc=ewc)
