@@ -1,6 +1,7 @@
 // What the CPU's passes over lists of tensors share: pointers, scalars, conversions between dtypes, results.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -69,6 +70,40 @@ inline void write(const at::Tensor& t, double x) {
     *t.mutable_data_ptr<float>() = static_cast<float>(x);
   }
 }
+
+// How a list of entries is cut for a pass, and a pair of sums for each chunk.
+struct Chunks {
+  template <typename Entry>
+  explicit Chunks(const std::vector<Entry>& entries) : tensors(static_cast<int64_t>(entries.size())) {
+    first.assign(tensors + 1, 0);
+    int64_t total = 0;
+    for (int64_t i = 0; i < tensors; ++i) {
+      first[i + 1] = first[i] + chunk_count(entries[i].numel);
+      total += entries[i].numel;
+    }
+    count = first[tensors];
+    slots.assign(2 * count, 0.0);
+    elements = total;
+    // Fewer than kChunk elements are not worth waking a thread for.
+    grain = total > 0 ? std::max<int64_t>(1, count * kChunk / total) : 1;
+  }
+
+  // Each tensor's sums, in the order of its chunks.
+  void add_up(std::vector<double>& weighted, std::vector<double>& squared) const {
+    weighted.assign(tensors, 0.0);
+    squared.assign(tensors, 0.0);
+    for (int64_t i = 0; i < tensors; ++i) {
+      for (int64_t c = first[i]; c < first[i + 1]; ++c) {
+        weighted[i] += slots[2 * c];
+        squared[i] += slots[2 * c + 1];
+      }
+    }
+  }
+
+  int64_t tensors, count, elements, grain;
+  std::vector<int64_t> first;  // chunk of each tensor
+  std::vector<double> slots;
+};
 
 inline void fill_result(const Result& result, const std::vector<double>& weighted, const std::vector<double>& squared,
                  double ewc_lambda, double delta, const std::optional<at::Tensor>& scale,

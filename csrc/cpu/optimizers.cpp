@@ -33,20 +33,11 @@ template <typename M, typename Step>
 void run_steps(const StepCall& call, const Plan<Step, M>& plan) {
   const Quadratic& q = call.q;
   const auto& entries = call.table.entries;
-  const int64_t n = static_cast<int64_t>(entries.size());
   const double ewc_lambda = q.present() ? read(*q.ewc_lambda) : 0.0, delta = q.present() ? read(*q.delta) : 0.0;
   const bool steps = read(call.found_inf, 0, 0.0) == 0.0;
   const bool unscales = steps && call.grad_scale.has_value();
   const double unscale = unscales ? 1.0 / read(*call.grad_scale) : 1.0;
-
-  std::vector<int64_t> first(n + 1, 0);
-  int64_t total = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    first[i + 1] = first[i] + chunk_count(entries[i].numel);
-    total += entries[i].numel;
-  }
-  const int64_t chunks = first[n];
-  std::vector<double> slots(2 * chunks, 0.0);
+  Chunks chunks(entries);
 
   // Of each list: its dtype, and how it is converted.
   struct ListPlan {
@@ -67,7 +58,7 @@ void run_steps(const StepCall& call, const Plan<Step, M>& plan) {
                 narrower<M>(dtype),
                 scaler(dtype)};
   }
-  const at::ScalarType p_type = n > 0 ? call.dtype(0) : at::kFloat;
+  const at::ScalarType p_type = chunks.tensors > 0 ? call.dtype(0) : at::kFloat;
   const at::ScalarType a_type = q.present() ? q.anchor->scalar_type() : at::kFloat;
   const at::ScalarType f_type = q.present() ? q.fisher->scalar_type() : at::kFloat;
   const int64_t a_size = c10::elementSize(a_type), f_size = c10::elementSize(f_type);
@@ -75,16 +66,15 @@ void run_steps(const StepCall& call, const Plan<Step, M>& plan) {
   const void* fisher = q.present() ? q.fisher->const_data_ptr() : nullptr;
   const ConvertFn widen_a = widener<M>(a_type), widen_f = widener<M>(f_type);
 
-  const int64_t grain = total > 0 ? std::max<int64_t>(1, chunks * kChunk / total) : 1;
-  at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, chunks.count, chunks.grain, [&](int64_t begin, int64_t end) {
     Scratch<M> scratch;
     for (int64_t c = begin; c < end; ++c) {
-      const int64_t t = tensor_of_chunk(first.data(), n, c);
+      const int64_t t = tensor_of_chunk(chunks.first.data(), chunks.tensors, c);
       const StepEntry& entry = entries[t];
       const bool is_protected = entry.offset >= 0, acts = is_protected && ewc_lambda != 0.0;
       const double factor = ewc_lambda * read(q.scale, t, 1.0);
       const Pull<M> pull{static_cast<M>(delta), static_cast<M>(factor), static_cast<M>(plan.lrs[t])};
-      const int64_t start = (c - first[t]) * kChunk, stop = std::min(start + kChunk, entry.numel);
+      const int64_t start = (c - chunks.first[t]) * kChunk, stop = std::min(start + kChunk, entry.numel);
       for (int64_t i = start; i < stop; i += kBlock) {
         const int64_t size = std::min(kBlock, stop - i);
         void* at[kMaxLists];
@@ -98,7 +88,7 @@ void run_steps(const StepCall& call, const Plan<Step, M>& plan) {
           prefetch_next(a, kBlock * a_size);
           prefetch_next(f, kBlock * f_size);
         }
-        double* sums = &slots[2 * c];
+        double* sums = &chunks.slots[2 * c];
         const auto read_value = [&] { penalty_sums(p_type, a_type, f_type, at[0], a, f, size, delta, sums); };
         // Where the penalty does not act its value is read beside the step: 0 times what is read might be NaN.
         if (is_protected && (!steps || (!acts && call.coupling == Coupling::kCoupled))) read_value();
@@ -141,13 +131,8 @@ void run_steps(const StepCall& call, const Plan<Step, M>& plan) {
     }
   });
 
-  std::vector<double> weighted(n, 0.0), squared(n, 0.0);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t c = first[i]; c < first[i + 1]; ++c) {
-      weighted[i] += slots[2 * c];
-      squared[i] += slots[2 * c + 1];
-    }
-  }
+  std::vector<double> weighted, squared;
+  chunks.add_up(weighted, squared);
   fill_result(call.result, weighted, squared, ewc_lambda, delta, q.scale, q.constant);
 }
 

@@ -101,16 +101,7 @@ void Cpu::run(const PenaltyCall& call) {
   const bool acts = ewc_lambda != 0.0 && read(call.found_inf, 0, 0.0) == 0.0;
   const double loss_scale = read(call.grad_scale, 0, 1.0);
   const auto& entries = call.table.entries;
-  const int64_t n = static_cast<int64_t>(entries.size());
-
-  std::vector<int64_t> first(n + 1, 0);
-  int64_t total = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    first[i + 1] = first[i] + chunk_count(entries[i].numel);
-    total += entries[i].numel;
-  }
-  const int64_t chunks = first[n];
-  std::vector<double> slots(2 * chunks, 0.0);
+  Chunks chunks(entries);
 
   const Plan writing = make_plan<mode>(param, grad, anchor.scalar_type(), fisher.scalar_type());
   const Plan reading = make_plan<Mode::kValue>(param, param, anchor.scalar_type(), fisher.scalar_type());
@@ -119,16 +110,14 @@ void Cpu::run(const PenaltyCall& call) {
   const void* anchor_data = anchor.const_data_ptr();
   const void* fisher_data = fisher.const_data_ptr();
 
-  const bool stream = mode == Mode::kWrite && kCanStream && total * g_size >= kStreamFrom;
+  const bool stream = mode == Mode::kWrite && kCanStream && chunks.elements * g_size >= kStreamFrom;
 
-  // Fewer than kChunk elements are not worth waking a thread for.
-  const int64_t grain = total > 0 ? std::max<int64_t>(1, chunks * kChunk / total) : 1;
-  at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, chunks.count, chunks.grain, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      const int64_t t = tensor_of_chunk(first.data(), n, c);
+      const int64_t t = tensor_of_chunk(chunks.first.data(), chunks.tensors, c);
       const Entry& entry = entries[t];
       const double factor = gradient_factor(ewc_lambda, read(call.scale, t, 1.0), loss_scale, call.maximize);
-      const int64_t start = (c - first[t]) * kChunk, stop = std::min(start + kChunk, entry.numel);
+      const int64_t start = (c - chunks.first[t]) * kChunk, stop = std::min(start + kChunk, entry.numel);
       for (int64_t i = start; i < stop; i += kBlock) {
         const int64_t size = std::min(kBlock, stop - i), at = entry.offset + i;
         const void* p = advance(entry.param, i * p_size);
@@ -140,9 +129,11 @@ void Cpu::run(const PenaltyCall& call) {
         prefetch_next(f, kBlock * f_size);
         if (mode == Mode::kAccumulate) prefetch_next(g, kBlock * g_size);
         if (acts) {
-          run_block<mode>(writing, p, g, a, f, size, g_size, delta, factor, stream, &slots[2 * c]);
+          run_block<mode>(writing, p, g, a, f, size, g_size, delta, factor, stream,
+                          &chunks.slots[2 * c]);
         } else {  // not with a factor of 0: 0 times infinity is NaN
-          run_block<Mode::kValue>(reading, p, nullptr, a, f, size, g_size, delta, 0.0, false, &slots[2 * c]);
+          run_block<Mode::kValue>(reading, p, nullptr, a, f, size, g_size, delta, 0.0, false,
+                                  &chunks.slots[2 * c]);
           if (mode == Mode::kWrite) std::memset(g, 0, size * g_size);
         }
       }
@@ -150,13 +141,8 @@ void Cpu::run(const PenaltyCall& call) {
     if (stream) stream_fence();
   });
 
-  std::vector<double> weighted(n, 0.0), squared(n, 0.0);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t c = first[i]; c < first[i + 1]; ++c) {
-      weighted[i] += slots[2 * c];
-      squared[i] += slots[2 * c + 1];
-    }
-  }
+  std::vector<double> weighted, squared;
+  chunks.add_up(weighted, squared);
   fill_result(call.result, weighted, squared, ewc_lambda, delta, call.scale, call.constant);
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 
 def _check_devices(expected: torch.device, *arguments: Any) -> None:
@@ -30,23 +30,23 @@ def _result(params: list[Tensor], anchor: Tensor, *others: Any) -> tuple[Tensor,
 def register() -> None:
     """Called once, after the extension has defined the ops."""
 
-    @torch.library.register_fake("ewc_fast::penalty")
+    @library.register_fake("ewc_fast::penalty")
     def _(params: list[Tensor], anchor: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _result(params, anchor, *args, *kwargs.values())
 
-    @torch.library.register_fake("ewc_fast::penalty_grad")
+    @library.register_fake("ewc_fast::penalty_grad")
     def _(params: list[Tensor], grad: Tensor, anchor: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         return _result(params, anchor, grad, *args, *kwargs.values())
 
-    @torch.library.register_fake("ewc_fast::penalty_accumulate_")
+    @library.register_fake("ewc_fast::penalty_accumulate_")
     def _(params: list[Tensor], grads: list[Tensor], anchor: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         return _result(params, anchor, grads, *args, *kwargs.values())
 
-    @torch.library.register_fake("ewc_fast::scale_")
+    @library.register_fake("ewc_fast::scale_")
     def _(buffer: Tensor, factor: Tensor) -> None:
         _check_devices(buffer.device, factor)
 
-    @torch.library.register_fake("ewc_fast::fisher_accumulate_")
+    @library.register_fake("ewc_fast::fisher_accumulate_")
     def _(fisher: list[Tensor], grads: list[Tensor], weight: float = 1.0) -> None:
         if fisher:
             _check_devices(fisher[0].device, fisher, grads)
@@ -57,4 +57,4 @@ def register() -> None:
         return _result(params, tensors[0], *args, *kwargs.values())
 
     for name in ("adamw_", "sgd_", "proximal_"):
-        torch.library.register_fake(f"ewc_fast::{name}")(step)
+        library.register_fake(f"ewc_fast::{name}")(step)

@@ -52,6 +52,9 @@ class Amp(NamedTuple):
     lr: Tensor | None = None
 
 
+NO_AMP = Amp()
+
+
 def adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -61,7 +64,7 @@ def adamw_(
     steps: Sequence[Tensor],
     q: StepQuadratic,
     options: AdamWOptions,
-    amp: Amp = Amp(),  # noqa: B008
+    amp: Amp = NO_AMP,
     *,
     proximal: bool = False,
     seed: int = -1,
@@ -107,7 +110,7 @@ def sgd_(
     momentum_buffers: Sequence[Tensor],
     q: StepQuadratic,
     options: SGDOptions,
-    amp: Amp = Amp(),  # noqa: B008
+    amp: Amp = NO_AMP,
     *,
     first: bool = False,
     proximal: bool = False,

@@ -185,8 +185,7 @@ class EWCAdamW(torch.optim.AdamW):
         saved = state_dict["state"]
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for group in self.param_groups:
-            group["fused"], group["foreach"] = True, None
+        FusedStep.take_over(self.param_groups)
         for n, p in zip(numbers, params, strict=True):
             if n not in saved:
                 continue

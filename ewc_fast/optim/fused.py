@@ -82,6 +82,12 @@ class FusedStep:
             self.attachment = Attachment(ewc, optimizer, coupling)
             ewc._register(self.attachment)
 
+    @staticmethod
+    def take_over(groups: list[dict[str, Any]]) -> None:
+        """After a ``load_state_dict``, whose groups say how the optimizer that saved them stepped."""
+        for group in groups:
+            group["fused"], group["foreach"] = True, None
+
     @property
     def backend(self) -> str:
         """Which kernels."""
@@ -111,7 +117,8 @@ class FusedStep:
                 self._step_group(optimizer, number, group, frozenset(done), done, results)
         if attachment is not None:
             if not attachment.added:
-                results += self._skipped(attachment, done)
+                if len(done) < sum(len(group["params"]) for group in optimizer.param_groups):
+                    results += self._skipped(attachment, done)
                 attachment.ewc._record(attachment, results)
             attachment.added = False
 

@@ -139,5 +139,4 @@ class EWCSGD(torch.optim.SGD):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over torch's or its own ``state_dict``."""
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            group["fused"], group["foreach"] = True, None
+        FusedStep.take_over(self.param_groups)
