@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -373,10 +374,10 @@ def fine_tune(
     max_forgetting: float | None,
     steps: int,
 ) -> tuple[float, EWCBudget | None]:
-    """The rate falls linearly to 0. Returns what the probe says at the end."""
+    """The rate falls to 0 as a cosine. Returns what the probe says at the end."""
     model, ewc, probe, loss = make()
     optimizer = EWCAdamW(model.parameters(), lr=lr, weight_decay=0.0, ewc=ewc, coupling="proximal")
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     budget = None if max_forgetting is None else EWCBudget(ewc, max_forgetting, probe)
     if budget is None:
         ewc.ewc_lambda = 1e-12
@@ -390,8 +391,8 @@ def fine_tune(
     return float(probe()), budget
 
 
-def test_digits_end_at_the_budget(seed: int) -> None:
-    pytest.importorskip("sklearn")
+def digits_tasks(seed: int) -> Callable[[], tuple[nn.Module, EWCLoss, ForgettingProbe, Callable[[nn.Module], Tensor]]]:
+    """Two permutations of the digits, of which a network has learnt the first."""
     from ewc_fast.demo.data import permuted_digits
     from ewc_fast.demo.experiment import make_model, shuffled_batches
 
@@ -419,7 +420,13 @@ def test_digits_end_at_the_budget(seed: int) -> None:
 
         return model, ewc, ForgettingProbe(model, old.train_inputs, batch_size=1400), loss
 
-    assert_ends_at_the_budget(make, 0.1, (5e-4, 5e-3), 600)
+    return make
+
+
+def test_digits_end_at_the_budget(seed: int) -> None:
+    """The median of three pairs of tasks: batches of 32 at a high rate are noisy up to the last looks."""
+    pytest.importorskip("sklearn")
+    assert_end_at_the_budget([digits_tasks(seed + k) for k in range(3)], 0.1, (5e-4, 5e-3), 1000)
 
 
 def test_language_model_ends_at_the_budget(seed: int) -> None:
@@ -468,17 +475,23 @@ def test_language_model_ends_at_the_budget(seed: int) -> None:
 
         return model, ewc, ForgettingProbe(model, own, batch_size=256), loss
 
-    assert_ends_at_the_budget(make, 0.1, (1e-3, 1e-2), 500)
+    assert_end_at_the_budget([make], 0.1, (1e-3, 1e-2), 500)
 
 
-def assert_ends_at_the_budget(make: Any, max_forgetting: float, rates: tuple[float, float], steps: int) -> None:
-    unbound, _ = fine_tune(make, rates[0], None, steps)
-    assert unbound > 3 * max_forgetting  # it binds
+def assert_end_at_the_budget(makes: list[Any], max_forgetting: float, rates: tuple[float, float], steps: int) -> None:
+    for make in makes:
+        unbound, _ = fine_tune(make, rates[0], None, steps)
+        assert unbound > 3 * max_forgetting  # it binds
     for lr in rates:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            measured, budget = fine_tune(make, lr, max_forgetting, steps)
-        assert budget is not None
-        looks = " ".join(f"{m.forgetting / max_forgetting:.2f}@{m.ewc_lambda:.1e}" for m in budget.measurements)
-        print(f"lr {lr:g}: {measured / max_forgetting:.3f} of the budget; unbound {unbound:.3g}; {looks}")
-        assert measured == pytest.approx(max_forgetting, rel=0.2), looks
+        ends, looks = [], []
+        for make in makes:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                measured, budget = fine_tune(make, lr, max_forgetting, steps)
+            assert budget is not None
+            ends.append(measured / max_forgetting)
+            looks.append(
+                " ".join(f"{m.forgetting / max_forgetting:.2f}@{m.ewc_lambda:.1e}" for m in budget.measurements)
+            )
+        print(f"lr {lr:g}: {ends} of the budget; {looks}")
+        assert statistics.median(ends) == pytest.approx(1.0, rel=0.2), looks
