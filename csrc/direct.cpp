@@ -6,10 +6,12 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -59,6 +61,16 @@ struct Reader {
   std::vector<at::Tensor> tensors(PyObject* object) {
     return list<at::Tensor>(object, [this](PyObject* item) { return tensor(item); });
   }
+  // The parameters' own gradients, which all must have.
+  std::vector<at::Tensor> grads_of(const std::vector<at::Tensor>& params) {
+    std::vector<at::Tensor> grads;
+    grads.reserve(params.size());
+    for (const at::Tensor& param : params) {
+      grads.push_back(param.grad());
+      if (!grads.back().defined() || grads.back().key_set().has(c10::DispatchKey::Python)) usual = false;
+    }
+    return grads;
+  }
   std::vector<int64_t> integers(PyObject* object) {
     return list<int64_t>(object, [this](PyObject* item) {
       if (!PyLong_CheckExact(item)) usual = false;
@@ -105,7 +117,8 @@ PyObject* penalty_accumulate_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(n == 13, "penalty_accumulate_ takes 13 arguments, got ", n);
   Reader read;
-  const auto params = read.tensors(args[0]), grads = read.tensors(args[1]);
+  const auto params = read.tensors(args[0]);
+  const auto grads = args[1] == Py_None ? read.grads_of(params) : read.tensors(args[1]);
   const at::Tensor anchor = read.tensor(args[2]), fisher = read.tensor(args[3]);
   const auto offsets = read.integers(args[4]), strides = read.integers(args[5]);
   const at::Tensor ewc_lambda = read.tensor(args[6]), delta = read.tensor(args[7]);
@@ -205,6 +218,109 @@ PyObject* fisher_accumulate_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   END_HANDLE_TH_ERRORS
 }
 
+// ---- what Python asks before every pass ----
+
+bool is_same(const at::Tensor& tensor, bool requires_grad, PyObject* shape, PyObject* dtype) {
+  const auto sizes = tensor.sizes();
+  bool same = tensor.requires_grad() == requires_grad && reinterpret_cast<THPDtype*>(dtype)->scalar_type ==
+                                                             tensor.scalar_type() &&
+              PyTuple_GET_SIZE(shape) == static_cast<Py_ssize_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i)) == sizes[i];
+  return same;
+}
+
+// The entries of a tuple in a list.
+PyObject** entries_of(PyObject* known, Py_ssize_t n) {
+  TORCH_CHECK_TYPE(PyTuple_CheckExact(known) && PyTuple_GET_SIZE(known) == n, "expected a tuple of ", n);
+  return &PyTuple_GET_ITEM(known, 0);
+}
+
+// Dicts are (dict, key, value), None for no value; lists (list, its items in a tuple); tensors (tensor, requires_grad,
+// shape, dtype).
+PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(n == 3, "unchanged takes three lists");
+  for (int i = 0; i < 3; ++i) TORCH_CHECK_TYPE(PyList_CheckExact(args[i]), "unchanged takes three lists");
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[0]); ++i) {
+    PyObject** known = entries_of(PyList_GET_ITEM(args[0], i), 3);
+    TORCH_CHECK_TYPE(PyDict_Check(known[0]), "expected a dict");
+    PyObject* value = PyDict_GetItemWithError(known[0], known[1]);
+    if (PyErr_Occurred()) return nullptr;
+    if ((value == nullptr ? Py_None : value) != known[2]) Py_RETURN_FALSE;
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[1]); ++i) {
+    PyObject** known = entries_of(PyList_GET_ITEM(args[1], i), 2);
+    TORCH_CHECK_TYPE(PyList_Check(known[0]) && PyTuple_CheckExact(known[1]), "expected a list and a tuple");
+    const Py_ssize_t size = PyTuple_GET_SIZE(known[1]);
+    if (PyList_GET_SIZE(known[0]) != size) Py_RETURN_FALSE;
+    for (Py_ssize_t j = 0; j < size; ++j) {
+      if (PyList_GET_ITEM(known[0], j) != PyTuple_GET_ITEM(known[1], j)) Py_RETURN_FALSE;
+    }
+  }
+  Reader read;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[2]); ++i) {
+    PyObject** known = entries_of(PyList_GET_ITEM(args[2], i), 4);
+    TORCH_CHECK_TYPE(PyTuple_Check(known[2]) && THPDtype_Check(known[3]), "expected a shape and a dtype");
+    if (!read.is_tensor(known[0])) Py_RETURN_NONE;
+    const bool same = is_same(THPVariable_Unpack(known[0]), known[1] == Py_True, known[2], known[3]);
+    if (PyErr_Occurred()) return nullptr;
+    if (!same) Py_RETURN_FALSE;
+  }
+  if (!read.may_call()) Py_RETURN_NONE;
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* all_have_grads(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(n == 1, "all_have_grads takes a list");
+  Reader read;
+  const auto params = read.tensors(args[0]);
+  if (!read.may_call()) Py_RETURN_NONE;
+  for (const at::Tensor& param : params) {
+    if (!param.grad().defined()) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* common_value(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(n == 1, "common_value takes a list");
+  Reader read;
+  const auto tensors = read.tensors(args[0]);
+  if (!read.may_call() || tensors.empty()) Py_RETURN_NONE;
+  double value = 0.0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& t = tensors[i];
+    if (!t.is_cpu() || t.numel() != 1 || !t.has_storage()) Py_RETURN_NONE;
+    if (t.scalar_type() != at::kFloat && t.scalar_type() != at::kDouble) Py_RETURN_NONE;
+    const double here =
+        t.scalar_type() == at::kFloat ? *t.const_data_ptr<float>() : *t.const_data_ptr<double>();
+    if (i > 0 && here != value) Py_RETURN_NONE;
+    value = here;
+  }
+  return PyFloat_FromDouble(value);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* repeated(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(n == 2 && PyTuple_CheckExact(args[0]), "repeated takes a tuple of numbers, and how often");
+  Reader read;
+  const Py_ssize_t columns = PyTuple_GET_SIZE(args[0]);
+  const int64_t rows = read.integer(args[1]);
+  std::vector<double> row;
+  for (Py_ssize_t j = 0; j < columns; ++j) row.push_back(read.number(PyTuple_GET_ITEM(args[0], j)));
+  if (PyErr_Occurred()) return nullptr;
+  if (!read.may_call()) Py_RETURN_NONE;
+  const at::Tensor result = at::empty({rows, columns}, at::kDouble);
+  double* to = result.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < rows; ++i) to = std::copy(row.begin(), row.end(), to);
+  return THPVariable_Wrap(result);
+  END_HANDLE_TH_ERRORS
+}
+
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
 PyCFunction fastcall() {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
@@ -215,12 +331,22 @@ PyCFunction fastcall() {
 PyMethodDef direct_ops[] = {
     {"penalty_accumulate_", fastcall<penalty_accumulate_>(), METH_FASTCALL,
      "torch.ops.ewc_fast.penalty_accumulate_, all arguments positional, without a graph; None, with nothing done, for "
-     "arguments that only torch.ops can take."},
+     "arguments that only torch.ops can take. Without gradients (None): into the parameters' own, where all have one."},
     {"fisher_accumulate_", fastcall<fisher_accumulate_>(), METH_FASTCALL,
      "torch.ops.ewc_fast.fisher_accumulate_, likewise; True when it is done."},
     {"adamw_", fastcall<adamw_>(), METH_FASTCALL, "torch.ops.ewc_fast.adamw_, likewise; its results."},
     {"sgd_", fastcall<sgd_>(), METH_FASTCALL, "torch.ops.ewc_fast.sgd_, likewise; its results."},
     {"proximal_", fastcall<proximal_>(), METH_FASTCALL, "torch.ops.ewc_fast.proximal_, likewise; its results."},
+    {"unchanged", fastcall<unchanged>(), METH_FASTCALL,
+     "Whether dicts and lists still hold the same objects, and tensors are still the same, as listed; None where only "
+     "Python can tell."},
+    {"all_have_grads", fastcall<all_have_grads>(), METH_FASTCALL,
+     "Whether each tensor of a list has a gradient; None where only Python can tell."},
+    {"common_value", fastcall<common_value>(), METH_FASTCALL,
+     "The number that all tensors of a list hold, which have one element each and are on the CPU; None where they differ, or "
+     "only Python can tell."},
+    {"repeated", fastcall<repeated>(), METH_FASTCALL,
+     "A row of numbers so often, as an fp64 tensor on the CPU; None where they are not plain numbers."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace ewc

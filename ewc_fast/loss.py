@@ -21,7 +21,7 @@ from ewc_fast.ops import penalty as ops
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
 from ewc_fast.optim.attach import NOT_IN_OPTIMIZER, AttachHandle, Attachment, check_coupling
 from ewc_fast.optim.metrics import rates_of, step_metric
-from ewc_fast.parts import Part, PartResult, lambda_factors, raise_with_names, split_by_grad_dtype
+from ewc_fast.parts import Part, PartResult, Watch, lambda_factors, raise_with_names, split_by_grad_dtype
 from ewc_fast.state import EWCState, SlotMapping, protected_part
 
 # A penalty that was computed with a graph so often, and never differentiated, is most likely detached by mistake.
@@ -98,8 +98,7 @@ class EWCLoss:
         self._buffers: dict[tuple[torch.device, torch.dtype], autograd.GradientBuffer] = {}
         self._generation = 0  # counts every change of what _parts() returns
         self._cached_parts: list[Part] = []
-        self._edges: list[tuple[dict[str, Any], str, Any]] = []
-        self._trainable: list[tuple[nn.Parameter, bool, torch.Size]] = []
+        self._watch = Watch()  # what those were made of
         self._newest: dict[Hashable, list[PartResult]] = {}
         self._handles: weakref.WeakSet[Attachment] = weakref.WeakSet()  # an optimizer's hook keeps its handle
         self._graphs = 0
@@ -107,7 +106,7 @@ class EWCLoss:
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: they are attached to nothing, for torch leaves an optimizer's hooks behind."""
         state = self.__dict__.copy()
-        for name in ("_handles", "_newest", "_cached_parts", "_edges", "_trainable", "_buffers"):
+        for name in ("_handles", "_newest", "_cached_parts", "_watch", "_buffers"):
             del state[name]
         return state
 
@@ -390,8 +389,7 @@ class EWCLoss:
                 self._cached_parts.append(whole.subset(chosen) if len(chosen) < len(params) else whole)
         if bound and not self._cached_parts:
             self._say_once("no protected parameter requires grad any more: the penalty has no effect")
-        self._edges = module_edges(self.model, bound.values())
-        self._trainable = [(p, p.requires_grad, p.shape) for p in bound.values()]
+        self._watch = Watch(module_edges(self.model, bound.values()), (), bound.values())
         self._generation += 1
         return moved
 
@@ -404,18 +402,8 @@ class EWCLoss:
 
         What this does not show (another device, dtype or memory order) the ops see as they read the parameters.
         """
-        for children, name, child in self._edges:
-            if children.get(name) is not child:
-                self._bind()
-                return self._cached_parts
-        for p, trainable, shape in self._trainable:
-            if p.requires_grad is not trainable or p.shape != shape:
-                self._bind()
-                return self._cached_parts
-        for part in self._cached_parts:
-            if part.params[0].dtype is not part.dtype:
-                self._bind()
-                return self._cached_parts
+        if not self._watch.holds():
+            self._bind()
         return self._cached_parts
 
     def _run(self, parts_of: Callable[[], list[Part]], op: Callable[[Part], list[PartResult]]) -> list[PartResult]:
@@ -498,7 +486,11 @@ class EWCLoss:
         def op(part: Part) -> list[PartResult]:
             if reads_only:
                 return [(part, self._value(part))]
-            params = part.protected(part.params)
+            device = part.quadratic.anchor.device
+            scalars = (
+                None if grad_scale is None else grad_scale.to(device, non_blocking=True),
+                None if found_inf is None else found_inf.to(device, non_blocking=True),
+            )
             grads: list[Tensor] = []
             fresh = []
             for p in part.params:
@@ -509,11 +501,10 @@ class EWCLoss:
                 grads.append(grad)
             try:
                 result = ops.penalty_accumulate_(
-                    params,
+                    part.protected(part.params),
                     part.protected(grads),
                     part.quadratic,
-                    None if grad_scale is None else grad_scale.to(part.quadratic.anchor.device, non_blocking=True),
-                    None if found_inf is None else found_inf.to(part.quadratic.anchor.device, non_blocking=True),
+                    *scalars,
                     part.maximize,
                     backend=self.backend,
                 )
@@ -526,9 +517,22 @@ class EWCLoss:
                     raise
             return [(part, result)]
 
-        results = self._run(parts_of, op)
+        parts = parts_of()
+        result = None
+        if len(parts) == 1 and not reads_only and grad_scale is None and found_inf is None:
+            result = self._accumulate_quickly(parts[0])
+        results = self._run(parts_of, op) if result is None else [(parts[0], result)]
         self._record(key, results)
         return results
+
+    def _accumulate_quickly(self, part: Part) -> PenaltyResult | None:
+        """The usual case without what the others cost; None, with nothing done, where it is not that."""
+        if not part.whole:
+            return None
+        try:
+            return ops.accumulate_into_own_(part.params, part.quadratic, part.maximize, backend=self.backend)
+        except (ValueError, TypeError, RuntimeError):
+            return None  # to be met again, and dealt with
 
     def _value(self, part: Part) -> PenaltyResult:
         return ops.penalty(part.protected(part.params), part.quadratic, backend=self.backend)
@@ -538,7 +542,7 @@ class EWCLoss:
         reads_only = self._lambda == 0.0
 
         def op(part: Part) -> list[PartResult]:
-            skipped = [i for i, p in enumerate(part.params) if p.grad is None]
+            skipped = [] if part.have_grads() else [i for i, p in enumerate(part.params) if p.grad is None]
             if reads_only or len(skipped) == len(part.params):
                 return [(part, self._value(part))]
             if skipped:
@@ -576,11 +580,12 @@ class EWCLoss:
         if key is None:
             self._newest = {None: results}
             return
-        # Other optimizers' passes still count, for the parameters that this one has not.
-        names = {slot.name for part, _ in results for slot in part.slots} if self._newest.keys() - {key} else set()
-        for other, earlier in list(self._newest.items()):
-            if other is None or any(slot.name in names for part, _ in earlier for slot in part.slots):
-                del self._newest[other]
+        self._newest.pop(key, None)
+        if self._newest:  # other optimizers' passes still count, for the parameters that this one has not
+            names = {slot.name for part, _ in results for slot in part.slots}
+            for other, earlier in list(self._newest.items()):
+                if other is None or any(slot.name in names for part, _ in earlier for slot in part.slots):
+                    del self._newest[other]
         self._newest[key] = results
 
     def _results(self) -> list[PartResult]:

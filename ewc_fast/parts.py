@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,51 @@ from torch import Tensor, nn
 from ewc_fast.layout import Slot
 from ewc_fast.ops.autograd import GradientBuffer
 from ewc_fast.ops.memory import same_memory_order
+from ewc_fast.ops.native import direct
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult, StepQuadratic
+
+_all_have_grads, _unchanged = direct("all_have_grads"), direct("unchanged")
+
+
+class Watch:
+    """What something was made of, and whether it still is so: asked at every step, at the cost of microseconds.
+
+    Args:
+        dicts: (dict, key, value), with None for no value; compared by identity.
+        lists: Whose items are compared by identity.
+        tensors: Whose dtype, shape and need of a gradient are compared.
+    """
+
+    def __init__(
+        self,
+        dicts: Iterable[tuple[dict[str, Any], str, Any]] = (),
+        lists: Iterable[list[Any]] = (),
+        tensors: Iterable[Tensor] = (),
+    ) -> None:
+        self.dicts = list(dicts)
+        self.lists = [(items, tuple(items)) for items in lists]
+        self.tensors = [(t, t.requires_grad, t.shape, t.dtype) for t in tensors]
+
+    def holds(self) -> bool:
+        """Whether all is as it was. Another device or memory order is not seen: the ops see those as they read."""
+        same = None if torch.compiler.is_compiling() else _unchanged(self.dicts, self.lists, self.tensors)
+        if same is not None:
+            return same
+        return (
+            all(held.get(key) is value for held, key, value in self.dicts)
+            and all(len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in self.lists)
+            and all(
+                t.requires_grad is trainable and t.shape == shape and t.dtype is dtype
+                for t, trainable, shape, dtype in self.tensors
+            )
+        )
+
+    def extended(self, dicts: Iterable[tuple[dict[str, Any], str, Any]], lists: Iterable[list[Any]]) -> Watch:
+        """One that watches more."""
+        more = Watch(dicts, lists)
+        more.dicts, more.tensors = self.dicts + more.dicts, self.tensors
+        more.lists = self.lists + more.lists
+        return more
 
 
 @dataclass(eq=False)
@@ -68,11 +114,21 @@ class Part:
         """The same state, without some of the parameters."""
         return self.subset([i for i, s in enumerate(self.slots) if s.name not in names], maximize=self.maximize)
 
-    @property
+    @functools.cached_property
     def step_quadratic(self) -> StepQuadratic:
         """The quadratic as optimizer steps take it."""
         q = self.quadratic
         return StepQuadratic(q.strides, q.anchor, q.fisher, q.offsets, q.ewc_lambda, q.delta, q.scale, q.constant)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows of each are protected."""
+        return self._whole
+
+    def have_grads(self) -> bool:
+        """Whether each parameter has a gradient."""
+        found = None if torch.compiler.is_compiling() else _all_have_grads(self.params)
+        return all(p.grad is not None for p in self.params) if found is None else found
 
     def protected(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The protected rows of tensors shaped like the parameters."""

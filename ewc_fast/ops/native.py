@@ -46,9 +46,10 @@ def call(op: Any, *arguments: Any) -> Any:
 
 
 def direct(name: str) -> Callable[..., Any]:
-    """An op past ``torch.ops``, whose conversion of arguments takes longer than the op where the tensors are small.
+    """An op past ``torch.ops``, whose conversion of arguments takes longer than the op where the tensors are small; or
+    another function that is called at every step.
 
-    The function gives None, with nothing done, for arguments that only ``torch.ops`` can take: tensor subclasses, and
+    It gives None, with nothing done, for arguments that only ``torch.ops`` can take: tensor subclasses, and
     modes that want to see the call.
     """
     return getattr(_C, name, _never)  # an older build has fewer

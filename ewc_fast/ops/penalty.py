@@ -96,6 +96,20 @@ def penalty_accumulate_(
     return PenaltyResult(*result)
 
 
+def accumulate_into_own_(
+    params: Sequence[Tensor], q: FlatQuadratic, maximize: bool = False, *, backend: str = "auto"
+) -> PenaltyResult | None:
+    """:func:`penalty_accumulate_` into each parameter's ``grad``, where native kernels serve and all have one.
+
+    Returns:
+        None where that is not so; nothing has been done then.
+    """
+    if torch.compiler.is_compiling() or not use_native(q.anchor.device, backend):
+        return None
+    result = _accumulate(params, None, *q, None, None, maximize)
+    return None if result is None else PenaltyResult(*result)
+
+
 def scale_(buffer: Tensor, factor: Tensor, *, backend: str = "auto") -> None:
     """``buffer *= factor`` in place, the factor read on the device; costs nothing where it is 1.
 

@@ -11,7 +11,7 @@ from ewc_fast.optim.metrics import is_known
 
 if TYPE_CHECKING:
     from ewc_fast.loss import EWCLoss
-    from ewc_fast.parts import Part
+    from ewc_fast.parts import Part, Watch
 
 COUPLINGS = ("coupled", "proximal")
 NOT_IN_OPTIMIZER = "none of the parameters that EWC protects is in the attached optimizer: the penalty has no effect"
@@ -38,7 +38,9 @@ class Attachment:
         self.ewc, self.coupling, self.every = ewc, coupling, every
         self._optimizer = weakref.ref(optimizer)
         self._parts: list[Part] = []
-        self._key: tuple[object, ...] | None = None
+        self._groups: list[dict[str, Any]] | None = None  # what the parts were made of, as are the next two
+        self._generation = 0
+        self._watch: Watch | None = None
         self._names: set[str] = set()
         self.added = False  # coupled: this step's gradient is in the gradients already
         self._steps = 0
@@ -72,37 +74,42 @@ class Attachment:
         """The protected parameters that this optimizer steps, a part per device, dtype and what the coupling needs:
         direction, or parameter group."""
         groups = self.param_groups()
+        if (
+            self._watch is not None
+            and self._groups is groups
+            and self._generation == self.ewc._generation
+            and self._watch.holds()
+        ):
+            return self._parts
         whole = self.ewc._parts()
-        key = (
-            self.ewc._generation,
-            *((g.get("maximize", False), g.get(SCALE_KEY, 1.0), *map(id, g["params"])) for g in groups),
-        )
-        if key != self._key:
-            members = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
-            kinds: dict[tuple[int, Any], list[int]] = {}
-            for n, part in enumerate(whole):
-                for i, p in enumerate(part.params):
-                    if (group := members.get(id(p))) is not None:
-                        down = not groups[group].get("maximize", False)
-                        kinds.setdefault((n, group if self.coupling == "proximal" else down), []).append(i)
-            parts: list[Part] = []
-            for (n, _), chosen in kinds.items():
-                of = [members[id(whole[n].params[i])] for i in chosen]
-                factors = [lambda_scale(groups[group]) * self.every for group in of]
-                maximize = bool(groups[of[0]].get("maximize", False))
-                part = whole[n].subset(chosen, maximize=maximize, factors=factors)
-                part.group = of[0]
-                parts.append(part)
-            if whole and not parts:
-                self.ewc._say_once(NOT_IN_OPTIMIZER)
-            names = {slot.name for part in parts for slot in part.slots}
-            for name in sorted(self._names & {slot.name for part in whole for slot in part.slots} - names):
-                self.ewc._say_once(
-                    f"{name} was replaced in the model but not in the attached optimizer, which neither trains nor "
-                    "penalises it: build the optimizer anew and attach that one"
-                )
-            self._parts, self._key, self._names = parts, key, names
-        return self._parts
+        members = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
+        kinds: dict[tuple[int, Any], list[int]] = {}
+        for n, part in enumerate(whole):
+            for i, p in enumerate(part.params):
+                if (group := members.get(id(p))) is not None:
+                    down = not groups[group].get("maximize", False)
+                    kinds.setdefault((n, group if self.coupling == "proximal" else down), []).append(i)
+        parts: list[Part] = []
+        for (n, _), chosen in kinds.items():
+            of = [members[id(whole[n].params[i])] for i in chosen]
+            factors = [lambda_scale(groups[group]) * self.every for group in of]
+            maximize = bool(groups[of[0]].get("maximize", False))
+            part = whole[n].subset(chosen, maximize=maximize, factors=factors)
+            part.group = of[0]
+            parts.append(part)
+        if whole and not parts:
+            self.ewc._say_once(NOT_IN_OPTIMIZER)
+        names = {slot.name for part in parts for slot in part.slots}
+        for name in sorted(self._names & {slot.name for part in whole for slot in part.slots} - names):
+            self.ewc._say_once(
+                f"{name} was replaced in the model but not in the attached optimizer, which neither trains nor "
+                "penalises it: build the optimizer anew and attach that one"
+            )
+        keys = [(g, key, g.get(key)) for g in groups for key in ("params", "maximize", SCALE_KEY)]
+        self._watch = self.ewc._watch.extended(keys, [groups, *(g["params"] for g in groups)])
+        self._groups, self._generation = groups, self.ewc._generation
+        self._parts, self._names = parts, names
+        return parts
 
 
 def lambda_scale(group: dict[str, Any]) -> float:
@@ -133,7 +140,9 @@ class AttachHandle(Attachment):
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # args holds the optimizer itself where torch passes it on.
-        closure = kwargs.get("closure", next((a for a in args if a is not optimizer), None))
+        closure = None
+        if kwargs or len(args) > 1:
+            closure = kwargs.get("closure", next((a for a in args if a is not optimizer), None))
         if closure is not None:
             raise RuntimeError(
                 "optimizer.step was called with a closure, whose zero_grad would erase the penalty's gradient: "

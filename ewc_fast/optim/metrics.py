@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, SparseAdam
 
+from ewc_fast.ops.native import direct
+
 State = Mapping[str, Any]
 States = Callable[[], list[State]]  # of the parameters; asked for where they are needed
+_common_value, _repeated = direct("common_value"), direct("repeated")
 _RADAM_TRACTABLE = 5.0  # length of the approximated moving average from which RAdam rectifies
 
 
@@ -32,9 +35,13 @@ class StepMetric(NamedTuple):
     rates: tuple[Any, Any, Any, Any]
 
 
-def _steps(states: Sequence[State]) -> Tensor:
-    """How many steps each parameter has taken; on the device where the optimizer keeps it, without a sync."""
+def _steps(states: Sequence[State]) -> Any:
+    """How many steps each parameter has taken; on the device where the optimizer keeps it, without a sync. A number,
+    where that can be had quickly: each of a dozen operations on a small tensor takes as long as a small step."""
     steps = [state["step"] for state in states]
+    common = None if torch.compiler.is_compiling() else _common_value(steps)
+    if common is not None:
+        return common
     if isinstance(steps[0], Tensor):
         return torch.stack([step.reshape(()) for step in steps]).double()
     return torch.tensor(steps, dtype=torch.float64)
@@ -61,13 +68,13 @@ def _adam(group: Mapping[str, Any], states: States) -> StepMetric:
 def _sparse_adam(group: Mapping[str, Any], states: States) -> StepMetric:
     known = states()
     correction = 1 - _beta2(group) ** _steps(known)
-    factor = 1 / correction.sqrt()  # its eps is added before the correction
+    factor = correction**-0.5  # its eps is added before the correction
     return StepMetric([s["exp_avg_sq"] for s in known], True, (group["lr"], factor, 1.0, group["eps"]))
 
 
 def _radam(group: Mapping[str, Any], states: States) -> StepMetric:
     known = states()
-    beta2, steps = _beta2(group), _steps(known)
+    beta2, steps = _beta2(group), torch.as_tensor(_steps(known), dtype=torch.float64)
     correction = 1 - beta2**steps
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * steps * beta2**steps / correction
@@ -140,6 +147,10 @@ def _constant_rates(rates: tuple[float, ...], count: int, device: torch.device) 
 def rates_of(metric: StepMetric, count: int, device: torch.device) -> Tensor:
     """The metric's numbers as the op takes them: fp64, (count, 4), on the device; not to be written to."""
     if not any(isinstance(column, Tensor) for column in metric.rates):
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            rates = _repeated(metric.rates, count)
+            if rates is not None:
+                return rates
         return _constant_rates(metric.rates, count, device)
     rates = torch.empty(count, 4, dtype=torch.float64, device=device)
     for i, column in enumerate(metric.rates):

@@ -105,6 +105,24 @@ def test_the_direct_call_refuses_what_it_cannot_read() -> None:
     assert not any(t.requires_grad for t in direct(leaves, *good[1:]))
 
 
+@pytest.mark.native
+def test_the_direct_call_finds_the_gradients_itself() -> None:
+    inputs = make_inputs(random_params((5, 7)))
+    leaves = [p.requires_grad_() for p in inputs.params]
+    with torch.no_grad():
+        grads = random_like(inputs.params)
+        expected = [g.clone() for g in grads]
+        ops.penalty_accumulate_(leaves, expected, inputs.q, backend="native")
+    leaves[0].grad = grads[0]
+    assert ops.accumulate_into_own_(leaves, inputs.q) is None  # the other one has none
+    leaves[1].grad = grads[1]
+    assert ops.accumulate_into_own_(leaves, inputs.q, backend="reference") is None
+    result = ops.accumulate_into_own_(leaves, inputs.q, backend="native")
+    assert result is not None
+    ex.assert_same_bits([p.grad for p in leaves], expected)
+    assert leaves[0].grad is grads[0]
+
+
 # ---- dtypes ----
 
 
