@@ -125,6 +125,14 @@ class EWCBudget:
         """All measurements since the last consolidate."""
         return tuple(self._measurements)
 
+    def logs(self) -> dict[str, Tensor | float]:
+        """What to log: that of :meth:`ewc_fast.EWCLoss.logs`, ``ewc/lambda``, and with a probe the newest measurement,
+        ``ewc/measured_forgetting``. Neither measures nor synchronises."""
+        logs: dict[str, Tensor | float] = {**self.ewc.logs(), "ewc/lambda": self.ewc.ewc_lambda}
+        if self._probe is not None:
+            logs["ewc/measured_forgetting"] = self.forgetting
+        return logs
+
     def restart(self, probe: Callable[[], Tensor | float] | None = None) -> None:
         """Counts forgetting from the present weights on; lambda stays. For after a consolidate, before the next step.
 

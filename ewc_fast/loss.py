@@ -625,6 +625,14 @@ class EWCLoss:
         results = self._results()
         return self._total([r.predicted for _, r in results]) if results else self._zero()
 
+    def logs(self) -> dict[str, Tensor]:
+        """What to log of the newest pass, under the names ``ewc/penalty`` and ``ewc/predicted_forgetting``.
+
+        Returns:
+            0-dim tensors, detached. Logging them synchronises, this does not.
+        """
+        return {"ewc/penalty": self.last_penalty, "ewc/predicted_forgetting": self.predicted_forgetting}
+
     def penalty_by_parameter(self) -> dict[str, Tensor]:
         """The terms of :attr:`last_penalty` by parameter name, from the same pass; 0-dim, fp64."""
         return {slot.name: r.by_tensor[0, i] for part, r in self._results() for i, slot in enumerate(part.slots)}

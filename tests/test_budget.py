@@ -321,6 +321,20 @@ def test_importances_that_are_no_fisher_need_a_probe() -> None:
     assert EWCBudget(ewc, 1.0, Scripted(0.5), every=1).step() is not None
 
 
+def test_logs() -> None:
+    ewc = penalty(3.0)
+    with torch.no_grad():
+        ewc.model.weight += 1
+        ewc()
+    said = ewc.logs()
+    assert said == {"ewc/penalty": ewc.last_penalty, "ewc/predicted_forgetting": ewc.predicted_forgetting}
+    assert said["ewc/penalty"] == 3 * said["ewc/predicted_forgetting"] > 0
+    budget = EWCBudget(ewc, 1.0, Scripted(0.5), every=1)
+    budget.step()
+    assert budget.logs() == {**said, "ewc/lambda": ewc.ewc_lambda, "ewc/measured_forgetting": 0.5}
+    assert budget.logs().keys() - EWCBudget(ewc, 1.0).logs().keys() == {"ewc/measured_forgetting"}
+
+
 def test_nan() -> None:
     ewc = penalty()
     budget = EWCBudget(ewc, 1.0, Scripted(math.nan), every=1)

@@ -122,6 +122,8 @@ class EWCSGD(torch.optim.SGD):
             proximal=proximal,
             backend=self._fused.backend,
         )
+        if first and amp.found_inf is not None and not amp.found_inf.is_cuda and amp.found_inf.item():
+            return result  # no momentum began; where that cannot be read without a sync, one of 0 did
         for p, buffer in zip(bundle.params, buffers, strict=False):
             self.state[p][_BUFFER] = buffer
         return result

@@ -327,7 +327,7 @@ def test_lambda_zero_only_predicts(coupling: str) -> None:
 
 
 def test_sparse_gradients_are_served_by_proximal() -> None:
-    # fp64: a row that the pull has taken to its anchor has a gradient of rounding errors, which Adam makes full steps of
+    # fp64: a row pulled to its anchor has a gradient of rounding errors, of which Adam makes full steps
     model = nn.Embedding(6, 3, sparse=True, dtype=torch.float64)
     ewc = EWCLoss(model, LAMBDA)
     fisher, anchor = torch.rand(6, 3, dtype=torch.float64), torch.zeros(6, 3, dtype=torch.float64)

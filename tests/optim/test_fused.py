@@ -451,6 +451,26 @@ def test_under_a_gradient_scaler(coupling: str, kind: Any, overflow: bool) -> No
                 assert value is None or torch.equal(torch.as_tensor(value), torch.as_tensor(before[1][n][key])), key
 
 
+def test_a_momentum_begins_undamped_after_an_overflow_in_the_first_step() -> None:
+    model, _ = make(torch.float32)
+    plain = copy.deepcopy(model)
+    options = {"lr": 0.02, "momentum": 0.9, "dampening": 0.5}
+    optimizer, reference = EWCSGD(model.parameters(), **options), torch.optim.SGD(plain.parameters(), **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    for step, batch in enumerate(batches(4, torch.float32)):
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(batch[0]), batch[1])).backward()
+        if step == 0:
+            model.a.weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        if step > 0:
+            reference.zero_grad()
+            backward(plain, batch)
+            reference.step()
+    same_params(model, plain, rtol=1e-5, atol=1e-6)
+
+
 def test_nan_gradients_leave_what_torch_leaves() -> None:
     model, _ = make(torch.float32)
     plain = copy.deepcopy(model)
