@@ -6,6 +6,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -64,6 +65,7 @@ struct Reader {
   // The parameters' own gradients, which all must have.
   std::vector<at::Tensor> grads_of(const std::vector<at::Tensor>& params) {
     std::vector<at::Tensor> grads;
+    if (!usual) return grads;
     grads.reserve(params.size());
     for (const at::Tensor& param : params) {
       grads.push_back(param.grad());
@@ -309,6 +311,7 @@ PyObject* repeated(PyObject*, PyObject* const* args, Py_ssize_t n) {
   TORCH_CHECK_TYPE(n == 2 && PyTuple_CheckExact(args[0]), "repeated takes a tuple of numbers, and how often");
   Reader read;
   const Py_ssize_t columns = PyTuple_GET_SIZE(args[0]);
+  if (c10::impl::dispatch_mode_enabled()) Py_RETURN_NONE;  // might make a tensor without memory
   const int64_t rows = read.integer(args[1]);
   std::vector<double> row;
   for (Py_ssize_t j = 0; j < columns; ++j) row.push_back(read.number(PyTuple_GET_ITEM(args[0], j)));

@@ -294,7 +294,7 @@ EWC_HD SgdStep<M> sgd_step(const SgdOptions& o, bool first) {
 
 template <Momentum kind, typename M>
 EWC_HD void sgd_update(const SgdStep<M>& s, M gradient, M& parameter, M& buffer) {
-  gradient += s.decay * parameter;
+  if (s.decay != M(0)) gradient += s.decay * parameter;  // 0 times an infinite weight would be NaN
   if constexpr (kind != Momentum::kNone) {
     buffer = s.carried * buffer + s.rest * gradient;
     gradient = kind == Momentum::kNesterov ? gradient + s.momentum * buffer : buffer;

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ewc_fast.functional import check_lambda
 from ewc_fast.loss import EWCLoss
 
 _SMALLEST_LAMBDA = 1e-12  # in effect 0; from 0 itself no factor leads away
@@ -274,14 +275,17 @@ class EWCBudget:
         expected = self.state_dict().keys()
         if not isinstance(state, Mapping) or state.keys() != expected:
             raise ValueError(f"this is no state of an EWCBudget, which has the entries {', '.join(expected)}")
-        measurements = [Measurement(int(step), float(f), float(x)) for step, f, x in state["measurements"]]
-        self.ewc.ewc_lambda = state["ewc_lambda"]
-        self._num_tasks = int(state["num_tasks"])
-        self._steps = int(state["steps"])
-        self._baseline = float(state["baseline"])
-        self._error = None if state["error"] is None else float(state["error"])
-        self._measurements = measurements
-        self._said = set(state["said"])
+        try:
+            measurements = [Measurement(int(step), float(f), float(x)) for step, f, x in state["measurements"]]
+            num_tasks, steps, baseline = int(state["num_tasks"]), int(state["steps"]), float(state["baseline"])
+            last_error = None if state["error"] is None else float(state["error"])
+            said = {str(what) for what in state["said"]}
+            ewc_lambda = check_lambda(state["ewc_lambda"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"this is no state of an EWCBudget: {error}") from error
+        self.ewc.ewc_lambda = ewc_lambda
+        self._num_tasks, self._steps, self._baseline = num_tasks, steps, baseline
+        self._error, self._measurements, self._said = last_error, measurements, said
 
     def __repr__(self) -> str:
         what = "prediction" if self._probe is None else "probe"

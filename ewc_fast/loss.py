@@ -21,7 +21,7 @@ from ewc_fast.ops import penalty as ops
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
 from ewc_fast.optim.attach import NOT_IN_OPTIMIZER, AttachHandle, Attachment, check_coupling
 from ewc_fast.optim.metrics import rates_of, step_metric
-from ewc_fast.parts import Part, PartResult, Watch, lambda_factors, raise_with_names, split_by_grad_dtype
+from ewc_fast.parts import Part, PartResult, Watch, check_strided, lambda_factors, raise_with_names, split_by_grad_dtype
 from ewc_fast.state import EWCState, SlotMapping, protected_part
 
 # A penalty that was computed with a graph so often, and never differentiated, is most likely detached by mistake.
@@ -521,17 +521,24 @@ class EWCLoss:
         result = None
         if len(parts) == 1 and not reads_only and grad_scale is None and found_inf is None:
             result = self._accumulate_quickly(parts[0])
-        results = self._run(parts_of, op) if result is None else [(parts[0], result)]
+        if result is None:
+            if not torch.compiler.is_compiling():
+                for part in parts:
+                    check_strided(part)  # before the penalty is in the gradients of another part
+            results = self._run(parts_of, op)
+        else:
+            results = [(parts[0], result)]
         self._record(key, results)
         return results
 
     def _accumulate_quickly(self, part: Part) -> PenaltyResult | None:
         """The usual case without what the others cost; None, with nothing done, where it is not that."""
-        if not part.whole:
+        if not part.served_quickly:
             return None
         try:
             return ops.accumulate_into_own_(part.params, part.quadratic, part.maximize, backend=self.backend)
         except (ValueError, TypeError, RuntimeError):
+            part.served_quickly = False
             return None  # to be met again, and dealt with
 
     def _value(self, part: Part) -> PenaltyResult:
@@ -626,12 +633,16 @@ class EWCLoss:
         return self._total([r.predicted for _, r in results]) if results else self._zero()
 
     def logs(self) -> dict[str, Tensor]:
-        """What to log of the newest pass, under the names ``ewc/penalty`` and ``ewc/predicted_forgetting``.
+        """What to log of the newest pass, under the names ``ewc/penalty`` and ``ewc/predicted_forgetting``; without the
+        latter where the importances are no Fisher, and it has no unit.
 
         Returns:
             0-dim tensors, detached. Logging them synchronises, this does not.
         """
-        return {"ewc/penalty": self.last_penalty, "ewc/predicted_forgetting": self.predicted_forgetting}
+        logs = {"ewc/penalty": self.last_penalty}
+        if self.info is None or self.info.get("is_fisher", True):
+            logs["ewc/predicted_forgetting"] = self.predicted_forgetting
+        return logs
 
     def penalty_by_parameter(self) -> dict[str, Tensor]:
         """The terms of :attr:`last_penalty` by parameter name, from the same pass; 0-dim, fp64."""
@@ -727,8 +738,8 @@ class EWCLoss:
 
         :func:`torch.nn.utils.clip_grad_norm_` before an attached optimizer's step clips the task's gradient alone, to
         which the step then adds the penalty's. This adds it first, to whatever is attached with ``"coupled"``, and the
-        coming step adds none. Call it once per step, with a GradScaler after ``scaler.unscale_``. A proximal pull is no
-        gradient and is not clipped.
+        coming step adds none. Call it before every step (or for several lists of parameters one after the other), with
+        a GradScaler after ``scaler.unscale_``. A proximal pull is no gradient and is not clipped.
 
         Args:
             parameters: As for torch's function, as are the others.
@@ -740,10 +751,13 @@ class EWCLoss:
         Returns:
             The sum's norm before clipping, 0-dim.
         """
-        for handle in list(self._handles):
-            if handle.optimizer is not None and handle.coupling == "coupled":
-                handle.add_now()
-        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        handles = [h for h in self._handles if h.optimizer is not None and h.coupling == "coupled"]
+        for handle in handles:
+            handle.add_now()
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        for handle in handles:
+            handle.remember()
+        return norm
 
     def is_attached(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether :meth:`attach` has been called for this optimizer, and the handle not removed."""

@@ -87,6 +87,7 @@ class Part:
     def __post_init__(self) -> None:
         self.dtype = self.params[0].dtype if self.params else None
         self._whole = all(n is None for n in self.rows)
+        self.served_quickly = self._whole  # until it was not: see EWCLoss._accumulate_quickly
 
     def subset(self, chosen: list[int], *, maximize: bool = False, factors: Sequence[float] | None = None) -> Part:
         """The same state, of some of the parameters.
@@ -120,11 +121,6 @@ class Part:
         q = self.quadratic
         return StepQuadratic(q.strides, q.anchor, q.fisher, q.offsets, q.ewc_lambda, q.delta, q.scale, q.constant)
 
-    @property
-    def whole(self) -> bool:
-        """Whether all rows of each are protected."""
-        return self._whole
-
     def have_grads(self) -> bool:
         """Whether each parameter has a gradient."""
         found = None if torch.compiler.is_compiling() else _all_have_grads(self.params)
@@ -145,20 +141,26 @@ def lambda_factors(factors: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(factors, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
+def check_strided(part: Part) -> None:
+    """Raises where a parameter has a sparse gradient."""
+    for p, slot in zip(part.params, part.slots, strict=True):
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise ValueError(
+                f"{slot.name} has a {p.grad.layout} gradient, which a penalty on every entry does not fit: build the "
+                "layer with sparse=False"
+            ) from None
+
+
 def split_by_grad_dtype(part: Part, error: Exception) -> list[Part]:
     """A part that the op refused, cut where its gradients' dtypes differ. Raises ``error`` if that was no reason."""
     device = part.quadratic.anchor.device
     protected = zip(part.protected(part.params), part.slots, strict=True)
     if not all(p.dtype is part.dtype and p.device == device and same_memory_order(p, s.strides) for p, s in protected):
         raise error  # no half of it may run before the state has followed
+    check_strided(part)
     by_dtype: dict[torch.dtype, list[int]] = {}
     for i, p in enumerate(part.params):
         assert p.grad is not None
-        if p.grad.layout is not torch.strided:
-            raise ValueError(
-                f"{part.slots[i].name} has a {p.grad.layout} gradient, which a penalty on every entry does not fit: "
-                "build the layer with sparse=False"
-            ) from None
         by_dtype.setdefault(p.grad.dtype, []).append(i)
     if len(by_dtype) == 1:
         raise error

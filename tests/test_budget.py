@@ -281,6 +281,25 @@ def test_foreign_state(bad: Any) -> None:
     assert budget.state_dict() == before
 
 
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("steps", "abc"),
+        ("measurements", 5),
+        ("measurements", [(1, 2)]),
+        ("ewc_lambda", -1.0),
+        ("said", 3),
+        ("error", {}),
+    ],
+)
+def test_damaged_state(entry: str, value: Any) -> None:
+    budget = EWCBudget(penalty(), 1.0, Scripted(0.5))
+    before = budget.state_dict()
+    with pytest.raises(ValueError, match="this is no state of an EWCBudget: "):
+        budget.load_state_dict({**before, "ewc_lambda": 7.0, "num_tasks": 3, entry: value})
+    assert budget.state_dict() == before
+
+
 # ---- what is said ----
 
 
@@ -333,6 +352,8 @@ def test_logs() -> None:
     budget.step()
     assert budget.logs() == {**said, "ewc/lambda": ewc.ewc_lambda, "ewc/measured_forgetting": 0.5}
     assert budget.logs().keys() - EWCBudget(ewc, 1.0).logs().keys() == {"ewc/measured_forgetting"}
+    ewc.consolidate(fisher=uniform_importance(ewc.model))
+    assert ewc.logs().keys() == {"ewc/penalty"}  # what is no Fisher predicts nothing
 
 
 def test_nan() -> None:
@@ -509,3 +530,4 @@ def assert_end_at_the_budget(makes: list[Any], max_forgetting: float, rates: tup
             )
         print(f"lr {lr:g}: {ends} of the budget; {looks}")
         assert statistics.median(ends) == pytest.approx(1.0, rel=0.2), looks
+        assert all(end == pytest.approx(1.0, rel=0.5) for end in ends), looks

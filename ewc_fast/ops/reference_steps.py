@@ -302,7 +302,8 @@ def sgd_(
     buffers: list[Tensor] = []
 
     def update(i: int, parameter: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gradient = gradient + options.weight_decay * parameter
+        if options.weight_decay != 0:
+            gradient = gradient + options.weight_decay * parameter
         if options.momentum:
             buffer = momentum * momentum_buffers[i].to(parameter.dtype) + rest * gradient
             buffers.append(buffer)

@@ -6,6 +6,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ewc_fast.optim.metrics import is_known
 
@@ -42,7 +43,7 @@ class Attachment:
         self._generation = 0
         self._watch: Watch | None = None
         self._names: set[str] = set()
-        self.added = False  # coupled: this step's gradient is in the gradients already
+        self._added: list[tuple[Tensor, weakref.ref[Tensor], int]] | None = None  # parameter, gradient, its version
         self._steps = 0
 
     @property
@@ -64,11 +65,31 @@ class Attachment:
         self._steps += 1
         return (self._steps - 1) % self.every == 0
 
+    @property
+    def added(self) -> bool:
+        """Whether this step's gradient is in the gradients already. Not so if others have taken their place since: the
+        step for which it was added has been skipped then."""
+        return self._added is not None and all(grad() is p.grad for p, grad, _ in self._added)
+
     def add_now(self) -> None:
-        """Adds this step's gradient before the step, which then adds none."""
-        if not self.added and self._steps % self.every == 0:
+        """Adds this step's gradient before the step, which then adds none.
+
+        Gradients that have been changed in place since it was added last are new ones.
+        """
+        if self.added and all(p.grad is not None and p.grad._version == v for p, _, v in self._added or ()):
+            return
+        if self._steps % self.every == 0:
             self.ewc._accumulate(self, self.parts)
-        self.added = True
+        self.remember()
+
+    def remember(self) -> None:
+        """Which gradients it has been added to, as they are now."""
+        params = [p for part in self.parts() for p in part.params]
+        self._added = [(p, weakref.ref(p.grad), p.grad._version) for p in params if p.grad is not None]
+
+    def stepped(self) -> None:
+        """The step is done: the next one's gradient is not in the gradients."""
+        self._added = None
 
     def parts(self) -> list[Part]:
         """The protected parameters that this optimizer steps, a part per device, dtype and what the coupling needs:
@@ -156,7 +177,7 @@ class AttachHandle(Attachment):
                 grad_scale=getattr(optimizer, "grad_scale", None),
                 found_inf=getattr(optimizer, "found_inf", None),
             )
-        self.added = False
+        self.stepped()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.acts():

@@ -104,35 +104,48 @@ class FusedStep:
 
     def _step_groups(self, optimizer: torch.optim.Optimizer) -> None:
         attachment = self.attachment
+        self._check(optimizer)
+        penalised = attachment is not None and not attachment.added
         results: list[PartResult] = []
         done: set[int] = set()
         for number, group in enumerate(optimizer.param_groups):
             try:
-                self._step_group(optimizer, number, group, frozenset(), done, results)
+                self._step_group(optimizer, number, group, penalised, frozenset(), done, results)
             except (ValueError, TypeError, RuntimeError) as error:
                 # A device, dtype or memory order has changed: then the state follows, and the rest runs again.
                 self._bundles.clear()
                 if attachment is None or not attachment.ewc._bind():
                     raise error
-                self._step_group(optimizer, number, group, frozenset(done), done, results)
+                self._step_group(optimizer, number, group, penalised, frozenset(done), done, results)
         if attachment is not None:
-            if not attachment.added:
+            if penalised:
                 if len(done) < sum(len(group["params"]) for group in optimizer.param_groups):
                     results += self._skipped(attachment, done)
                 attachment.ewc._record(attachment, results)
-            attachment.added = False
+            attachment.stepped()
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises for what no group's step can serve, before any of them is stepped."""
+        for group in optimizer.param_groups:
+            lambda_scale(group)
+            for p in group["params"]:
+                if p.grad is not None and p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"{type(optimizer).__name__} does not support sparse gradients, and a parameter of shape "
+                        f"{tuple(p.shape)} has one: build its layer with sparse=False"
+                    )
 
     def _step_group(
         self,
         optimizer: torch.optim.Optimizer,
         number: int,
         group: dict[str, Any],
+        penalised: bool,
         before: frozenset[int],
         done: set[int],
         results: list[PartResult],
     ) -> None:
         """Steps what was not stepped ``before``, and adds it to what is done."""
-        penalised = self.attachment is not None and not self.attachment.added
         for bundle in self._of_group(optimizer, number, group, before):
             home = bundle.params[0].device
             grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
@@ -178,12 +191,6 @@ class FusedStep:
                 if p.grad is None and p.requires_grad and id(p) in protected:
                     p.grad = torch.zeros_like(p)  # becomes the penalty's
         params = [p for p in params if p.grad is not None and id(p) not in before]
-        for p in params:
-            if p.grad.is_sparse:
-                raise RuntimeError(
-                    f"{type(optimizer).__name__} does not support sparse gradients, and a parameter of shape "
-                    f"{tuple(p.shape)} has one: build its layer with sparse=False"
-                )
         kinds = [(p.device, p.dtype, p.grad.dtype, self.sort(optimizer, p)) for p in params]
         strides = (p.stride() for p in params)
         key = (None if ewc is None else ewc._generation, lambda_scale(group), *map(id, params), *kinds, *strides)

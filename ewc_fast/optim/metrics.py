@@ -141,7 +141,7 @@ def step_metric(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence
 
 @functools.lru_cache(maxsize=64)
 def _constant_rates(rates: tuple[float, ...], count: int, device: torch.device) -> Tensor:
-    return torch.tensor(rates, dtype=torch.float64).repeat(count, 1).to(device)
+    return torch.tensor(rates, dtype=torch.float64).repeat(count, 1).to(device, non_blocking=True)
 
 
 def rates_of(metric: StepMetric, count: int, device: torch.device) -> Tensor:

@@ -45,7 +45,7 @@ class EWCSGD(torch.optim.SGD):
         differentiable: Not supported.
         fused: Without effect, likewise.
         ewc: The penalty; None for plain SGD.
-        coupling: How it joins the step.
+        coupling: How it joins the step; with SGD coupled diverges from moderate lambdas up (docs/coupling.md).
 
     Raises:
         ValueError: An argument is out of range, ``differentiable``, there is no such coupling, or ``ewc`` is of another
@@ -66,7 +66,7 @@ class EWCSGD(torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         ewc: EWCLoss | None = None,
-        coupling: str = "coupled",
+        coupling: str = "proximal",
     ) -> None:
         if differentiable:
             raise ValueError("EWCSGD is not differentiable: use torch.optim.SGD and ewc() in the loss")

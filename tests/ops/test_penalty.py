@@ -120,6 +120,11 @@ def test_the_direct_call_finds_the_gradients_itself() -> None:
     result = ops.accumulate_into_own_(leaves, inputs.q, backend="native")
     assert result is not None
     ex.assert_same_bits([p.grad for p in leaves], expected)
+
+    class Subclass(torch.nn.Parameter):
+        pass
+
+    assert ops.accumulate_into_own_([*leaves[:1], Subclass(inputs.params[1].detach())], inputs.q) is None
     assert leaves[0].grad is grads[0]
 
 

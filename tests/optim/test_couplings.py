@@ -112,8 +112,17 @@ def test_proximal_lands_on_the_optimum_of_the_penalised_loss(name: str) -> None:
             lambda p, **o: EWCSGD(p, 0.05, momentum=0.9, dampening=0.5, **o),
             lambda p: O.SGD(p, 0.05, momentum=0.9, dampening=0.5),
         ),
+        (
+            lambda p, **o: EWCSGD(p, 0.05, momentum=0.9, nesterov=True, **o),
+            lambda p: O.SGD(p, 0.05, momentum=0.9, nesterov=True),
+        ),
+        (lambda p, **o: EWCSGD(p, 0.05, **o), lambda p: O.SGD(p, 0.05)),
+        (
+            lambda p, **o: EWCAdamW(p, 0.05, weight_decay=0.0, amsgrad=True, **o),
+            lambda p: O.AdamW(p, 0.05, weight_decay=0.0, amsgrad=True),
+        ),
     ],
-    ids=["adamw", "momentum", "dampened"],
+    ids=["adamw", "momentum", "dampened", "nesterov", "plain", "amsgrad"],
 )
 def test_the_fused_optimizers_land_there_too_and_agree_step_by_step(fused: Any, plain: Make) -> None:
     problem = Quadratic()
@@ -355,6 +364,21 @@ def test_sparse_gradients_are_served_by_proximal() -> None:
         optimizer.step()
 
 
+def test_a_sparse_gradient_beside_other_dtypes_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(3, 2, dtype=torch.float64), nn.Embedding(5, 3, sparse=True))
+    ewc = EWCLoss(model, LAMBDA)
+    ewc.consolidate(fisher={n: torch.ones_like(p) for n, p in model.named_parameters()})
+    with torch.no_grad():
+        model[0].weight += 1
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    attach(ewc, optimizer, "coupled")
+    model[1](torch.tensor([1, 2])).sum().backward()
+    model[0].bias.grad = torch.ones_like(model[0].bias)
+    with pytest.raises(ValueError, match="1.weight has a torch.sparse_coo gradient"):
+        optimizer.step()
+    assert model[0].weight.grad is None and torch.equal(model[0].bias.grad, torch.ones_like(model[0].bias))
+
+
 def test_a_closure_is_served_by_proximal() -> None:
     problem = Quadratic()
     ewc = EWCLoss(problem, LAMBDA)
@@ -382,6 +406,10 @@ def test_a_closure_is_served_by_proximal() -> None:
         return loss
 
     reference.step(other)
+    attach(other_ewc := EWCLoss(plain, LAMBDA), reference, "coupled")
+    other_ewc.consolidate(fisher=problem.fisher)
+    with pytest.raises(RuntimeError, match="with a closure, whose zero_grad would erase the penalty's gradient"):
+        reference.step(other)
     c = 0.2 * LAMBDA * problem.fisher["w"]
     torch.testing.assert_close(problem.w.detach(), (plain.w.detach() + c * problem.anchor["w"]) / (1 + c))
 
@@ -517,6 +545,26 @@ def test_clipping_the_sum_or_the_tasks_gradient_alone() -> None:
                 clipped = grads[n] * min(1.0, 0.3 / (float(length) + 1e-6))
                 total = clipped if together else clipped + penalty[n]
                 torch.testing.assert_close(p.detach(), before[n] - total)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_clipped_step_that_was_skipped_is_not_the_next_one(in_place: bool) -> None:
+    """What ``clip_grad_norm_`` added went with the gradients: the next step adds its own, once."""
+    model, ewc = make()
+    attach(ewc, optimizer := O.SGD(model.parameters(), lr=1.0), "coupled")
+    for skipped in (True, False, True, False):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer.zero_grad(set_to_none=not in_place)
+        task_loss(model, batch()).backward()
+        task = {n: p.grad.clone() for n, p in model.named_parameters()}
+        if skipped or in_place:  # in place the gradients are the same tensors: only another call can tell
+            for part in (model[0], model[2]):
+                ewc.clip_grad_norm_(part.parameters(), 1e9)
+        if not skipped:
+            optimizer.step()
+            for n, p in model.named_parameters():
+                penalty = LAMBDA * ewc.fisher[n] * (before[n] - ewc.anchor[n])
+                torch.testing.assert_close(p.detach(), before[n] - task[n] - penalty, msg=n)
 
 
 @pytest.mark.native

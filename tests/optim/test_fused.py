@@ -139,7 +139,7 @@ def test_coupled_equals_torch_on_the_penalised_loss(pair: str, damping: float, b
     ours, theirs, options = PAIRS[pair]
     model, ewc = make(damping=damping, backend=backend)
     plain = copy.deepcopy(model)
-    optimizer = ours(model.parameters(), **options, ewc=ewc)
+    optimizer = ours(model.parameters(), **options, ewc=ewc, coupling="coupled")
     reference = theirs(plain.parameters(), **torch_form(options))
     sign = -1.0 if options.get("maximize") else 1.0
     for batch in batches(25):
@@ -439,6 +439,7 @@ def test_under_a_gradient_scaler(coupling: str, kind: Any, overflow: bool) -> No
     same_params(model, plain, rtol=1e-5, atol=1e-6)
     if overflow:
         before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+        here = LAMBDA * penalised_by_one(model, ewc)
         optimizer.zero_grad()
         scaler.scale(nn.functional.cross_entropy(model(batch[0]), batch[1])).backward()
         model.a.weight.grad[0, 0] = math.inf
@@ -449,6 +450,7 @@ def test_under_a_gradient_scaler(coupling: str, kind: Any, overflow: bool) -> No
         for n, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 assert value is None or torch.equal(torch.as_tensor(value), torch.as_tensor(before[1][n][key])), key
+        assert ewc.last_penalty.item() == pytest.approx(here, rel=1e-5)
 
 
 def test_a_momentum_begins_undamped_after_an_overflow_in_the_first_step() -> None:
@@ -471,18 +473,28 @@ def test_a_momentum_begins_undamped_after_an_overflow_in_the_first_step() -> Non
     same_params(model, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_nan_gradients_leave_what_torch_leaves() -> None:
-    model, _ = make(torch.float32)
+@pairs
+@pytest.mark.parametrize("penalised_by", [None, "coupled"])
+def test_nan_and_infinite_gradients_leave_what_torch_leaves(pair: str, penalised_by: str | None) -> None:
+    kind, torch_kind, options = PAIRS[pair]
+    options = {k: v for k, v in options.items() if k != "weight_decay"}  # SGD's is 0: times infinity it would be NaN
+    model, ewc = make(torch.float32)
     plain = copy.deepcopy(model)
-    ours, theirs = EWCAdamW(model.parameters(), amsgrad=True), torch.optim.AdamW(plain.parameters(), amsgrad=True)
-    for bad in (math.nan, math.inf, 0.0):
+    extra = {} if penalised_by is None else {"ewc": ewc, "coupling": penalised_by}
+    ours, theirs = kind(model.parameters(), **options, **extra), torch_kind(plain.parameters(), **torch_form(options))
+    for bad in (math.nan, math.inf, -math.inf, 0.0, 1.0):
         for m, o in ((model, ours), (plain, theirs)):
-            for p in m.parameters():
-                p.grad = torch.ones_like(p)
+            for i, p in enumerate(m.parameters()):
+                p.grad = torch.full_like(p, 1.0 + i)
             m.a.bias.grad[3] = bad
+            m.b.bias.grad[1] = math.inf if bad == math.inf else 1.0
+            if penalised_by is not None and m is plain:
+                for n, p in m.named_parameters():
+                    sign = -1 if options.get("maximize") else 1
+                    p.grad += sign * LAMBDA * ewc.fisher[n].float() * (p.detach() - ewc.anchor[n].float())
             o.step()
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, equal_nan=True)
+    same_state(ours, theirs, rtol=1e-4, atol=1e-6, equal_nan=True)
+    same_params(model, plain, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 # ---- what is said, and what is refused ----
@@ -519,6 +531,44 @@ def test_a_penalty_that_acts_twice_is_reported() -> None:
     with pytest.warns(UserWarning, match="penalised by two attached penalties"):
         ewc.attach(torch.optim.SGD(model.parameters(), lr=0.1))
     del optimizer
+
+
+@pytest.mark.parametrize("coupling", ["coupled", "proximal"])
+@pytest.mark.parametrize("wrong", ["sparse", "scale"])
+def test_what_a_later_group_is_refused_for_changes_nothing(wrong: str, coupling: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Embedding(5, 3, sparse=wrong == "sparse"))
+    ewc = EWCLoss(model)
+    ewc.consolidate(fisher={n: torch.ones_like(p) for n, p in model.named_parameters()}, anchor=model.state_dict())
+    groups: list[dict[str, Any]] = [{"params": m.parameters()} for m in model]
+    optimizer = EWCAdamW(groups, lr=0.1, ewc=ewc, coupling=coupling)
+    if wrong == "scale":
+        optimizer.param_groups[1]["ewc_lambda_scale"] = -1.0
+    model[0].weight.grad = torch.ones(2, 3)
+    model[1](torch.tensor([1, 2])).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises((ValueError, RuntimeError), match="sparse gradients|ewc_lambda_scale of a parameter group"):
+        optimizer.step()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert not optimizer.state and model[0].bias.grad is None
+
+
+@pytest.mark.parametrize("kind", [EWCAdamW, EWCSGD])
+def test_a_clipped_step_that_was_skipped_is_not_the_next_one(kind: Any) -> None:
+    model, ewc = make()
+    plain = copy.deepcopy(model)
+    optimizer = kind(model.parameters(), lr=0.02, ewc=ewc, coupling="coupled")
+    reference = {EWCAdamW: torch.optim.AdamW, EWCSGD: torch.optim.SGD}[kind](plain.parameters(), lr=0.02)
+    for step, batch in enumerate(batches(4)):
+        optimizer.zero_grad()
+        backward(model, batch)
+        if step % 2 == 0:
+            ewc.clip_grad_norm_(model.parameters(), 0.7)
+            continue  # as a GradScaler does on overflow
+        optimizer.step()
+        reference.zero_grad()
+        (nn.functional.cross_entropy(plain(batch[0]), batch[1]) + penalised(plain, ewc)).backward()
+        reference.step()
+    same_params(model, plain, rtol=1e-8, atol=1e-10)
 
 
 def test_a_sparse_gradient_is_refused_and_changes_nothing() -> None:
@@ -598,23 +648,30 @@ def test_clipping_the_sum() -> None:
     same_params(model, plain, rtol=1e-8, atol=1e-10)
 
 
+def attached_adamw(params: Any, lr: float, ewc: EWCLoss, coupling: str) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(params, lr)
+    ewc.attach(optimizer, coupling)
+    return optimizer
+
+
 @couplings
-def test_torch_compile_of_the_step(coupling: str) -> None:
-    model, ewc = make(torch.float32)
+@pytest.mark.parametrize("kind", [EWCAdamW, EWCSGD, attached_adamw])
+def test_torch_compile_of_the_step(kind: Any, coupling: str) -> None:
+    model, ewc = make()
     plain = copy.deepcopy(model)
     other = EWCLoss(plain, LAMBDA)
     other.load_state_dict(ewc.state_dict())
-    optimizer = EWCAdamW(model.parameters(), lr=0.02, ewc=ewc, coupling=coupling)
-    reference = EWCAdamW(plain.parameters(), lr=0.02, ewc=other, coupling=coupling)
+    optimizer = kind(model.parameters(), lr=0.02, ewc=ewc, coupling=coupling)
+    reference = kind(plain.parameters(), lr=0.02, ewc=other, coupling=coupling)
     compiled = torch.compile(optimizer.step, backend="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for batch in batches(3, torch.float32):
+        for batch in batches(3):
             for m, o, step in ((model, optimizer, compiled), (plain, reference, reference.step)):
                 o.zero_grad()
                 backward(m, batch)
                 step()
-    same_params(model, plain, rtol=1e-6, atol=1e-7)
+    same_params(model, plain, rtol=1e-6, atol=1e-7)  # compiled, torch's AdamW has its step count in fp32
     assert ewc.last_penalty.item() == pytest.approx(other.last_penalty.item(), rel=1e-5)
 
 
