@@ -252,7 +252,8 @@ PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t n) {
   }
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[1]); ++i) {
     PyObject** known = entries_of(PyList_GET_ITEM(args[1], i), 2);
-    TORCH_CHECK_TYPE(PyList_Check(known[0]) && PyTuple_CheckExact(known[1]), "expected a list and a tuple");
+    TORCH_CHECK_TYPE(PyTuple_CheckExact(known[1]), "expected a tuple of items");
+    if (!PyList_Check(known[0])) Py_RETURN_NONE;
     const Py_ssize_t size = PyTuple_GET_SIZE(known[1]);
     if (PyList_GET_SIZE(known[0]) != size) Py_RETURN_FALSE;
     for (Py_ssize_t j = 0; j < size; ++j) {

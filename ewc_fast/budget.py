@@ -162,6 +162,8 @@ class EWCBudget:
         self._error: float | None = None
         self._measurements.clear()
         self._baseline = self._look() if self._num_tasks else 0.0
+        if math.isinf(self._baseline):
+            raise ValueError("the forgetting is infinite to start with: the probe does not fit the present weights")
 
     def step(self) -> float | None:
         """Counts an optimizer step; on some of them, measures and sets lambda.
@@ -189,7 +191,11 @@ class EWCBudget:
     def _look(self) -> float:
         """What the probe says, or the prediction at the present weights. Synchronises."""
         if self._probe is not None:
-            value = float(self._probe())
+            said = self._probe()
+            try:
+                value = float(said)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"probe must return a number or 0-dim tensor, got {type(said).__name__}") from error
         else:
             with torch.no_grad():  # what the optimizer's own pass predicts, is from before its pull
                 results = self.ewc._run(self.ewc._parts, lambda part: [(part, self.ewc._value(part))])

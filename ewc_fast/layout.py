@@ -138,6 +138,8 @@ def module_edges(model: nn.Module, params: Iterable[Tensor]) -> list[tuple[dict[
     wanted = {id(p) for p in params}
     edges: list[tuple[dict[str, Any], str, Any]] = []
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # nothing in it can be replaced
         edges += [(module._modules, name, child) for name, child in module._modules.items() if child is not None]
         edges += [(module._parameters, name, p) for name, p in module._parameters.items() if id(p) in wanted]
     return edges

@@ -159,6 +159,8 @@ class EWCLoss:
         return self._state.info
 
     def _checked_factors(self, lambda_by: Mapping[str, float]) -> dict[str, float]:
+        if not isinstance(lambda_by, Mapping):
+            raise TypeError(f"lambda_by must map names or patterns to factors, got {type(lambda_by).__name__}")
         for pattern, factor in lambda_by.items():
             check_lambda(factor, f"lambda_by[{pattern!r}]")
             if not any(fnmatch.fnmatchcase(name, pattern) for name in self._selected):
@@ -714,17 +716,21 @@ class EWCLoss:
         """Says where a penalty cannot act, or acts twice, and keeps the handle in mind."""
         self._selected, _, _ = self._select()
         mine = {id(p) for group in handle.param_groups() for p in group["params"]}
-        mine &= {id(p) for p in self._selected.values()}
-        if self._selected and not mine:
+        if self._selected and mine.isdisjoint(map(id, self._selected.values())):
             self._say_once(NOT_IN_OPTIMIZER)
-        for other in list(_attached):
+        self._handles.add(handle)
+        _attached.add(handle)
+        self._say_what_is_penalised_twice(handle)
+
+    def _say_what_is_penalised_twice(self, handle: Attachment) -> None:
+        mine = {id(p) for group in handle.param_groups() for p in group["params"]}
+        mine &= {id(p) for p in self._selected.values()}
+        for other in list(_attached - {handle}):
             theirs = {id(p) for group in other.param_groups() for p in group["params"]}
             if mine & theirs & {id(p) for p in other.ewc._selected.values()}:
                 self._say_once(
                     "a parameter is penalised by two attached penalties: remove() the handle that is not wanted"
                 )
-        self._handles.add(handle)
-        _attached.add(handle)
 
     def clip_grad_norm_(
         self,
@@ -737,9 +743,10 @@ class EWCLoss:
         """Clips the *sum* of the task's and the penalty's gradient, as if the penalty were in the loss.
 
         :func:`torch.nn.utils.clip_grad_norm_` before an attached optimizer's step clips the task's gradient alone, to
-        which the step then adds the penalty's. This adds it first, to whatever is attached with ``"coupled"``, and the
-        coming step adds none. Call it before every step (or for several lists of parameters one after the other), with
-        a GradScaler after ``scaler.unscale_``. A proximal pull is no gradient and is not clipped.
+        which the step then adds the penalty's. This adds it first, where an optimizer of these parameters is attached
+        with ``"coupled"``, and its coming step adds none. Call it before every step, for a part of the parameters after
+        the other if need be, and with a GradScaler after ``scaler.unscale_``. A proximal pull is no gradient and is
+        not clipped.
 
         Args:
             parameters: As for torch's function, as are the others.
@@ -751,7 +758,14 @@ class EWCLoss:
         Returns:
             The sum's norm before clipping, 0-dim.
         """
-        handles = [h for h in self._handles if h.optimizer is not None and h.coupling == "coupled"]
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        clipped = set(map(id, parameters))
+        handles = [
+            handle
+            for handle in self._handles
+            if handle.coupling == "coupled"
+            and any(id(p) in clipped for group in handle.param_groups() for p in group["params"])
+        ]
         for handle in handles:
             handle.add_now()
         norm = nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)

@@ -26,18 +26,18 @@ class Watch:
 
     Args:
         dicts: (dict, key, value), with None for no value; compared by identity.
-        lists: Whose items are compared by identity.
+        lists: Sequences whose items are compared by identity.
         tensors: Whose dtype, shape and need of a gradient are compared.
     """
 
     def __init__(
         self,
         dicts: Iterable[tuple[dict[str, Any], str, Any]] = (),
-        lists: Iterable[list[Any]] = (),
+        lists: Iterable[Sequence[Any]] = (),
         tensors: Iterable[Tensor] = (),
     ) -> None:
         self.dicts = list(dicts)
-        self.lists = [(items, tuple(items)) for items in lists]
+        self.lists = [(items, tuple(items)) for items in lists if not isinstance(items, tuple)]
         self.tensors = [(t, t.requires_grad, t.shape, t.dtype) for t in tensors]
 
     def holds(self) -> bool:
@@ -54,7 +54,7 @@ class Watch:
             )
         )
 
-    def extended(self, dicts: Iterable[tuple[dict[str, Any], str, Any]], lists: Iterable[list[Any]]) -> Watch:
+    def extended(self, dicts: Iterable[tuple[dict[str, Any], str, Any]], lists: Iterable[Sequence[Any]]) -> Watch:
         """One that watches more."""
         more = Watch(dicts, lists)
         more.dicts, more.tensors = self.dicts + more.dicts, self.tensors

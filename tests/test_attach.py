@@ -353,3 +353,28 @@ def test_a_penalty_outside_the_optimizer_is_reported_once() -> None:
         ewc.attach(optimizer := torch.optim.SGD(model[2].parameters(), lr=0.1))
         optimizer.step()
     assert len(caught) == 1 and "none of the parameters that EWC protects" in str(caught[0].message)
+
+
+def test_a_parameter_added_later_to_a_second_attached_optimizer_is_said() -> None:
+    model = nn.Linear(3, 2)
+    ewc = EWCLoss(model)
+    ewc.consolidate(fisher={n: torch.ones_like(p) for n, p in model.named_parameters()})
+    first, second = torch.optim.SGD([model.weight], lr=0.1), torch.optim.SGD([model.bias], lr=0.1)
+    handles = [ewc.attach(first), ewc.attach(second)]
+    second.step()
+    second.add_param_group({"params": [model.weight]})
+    with pytest.warns(UserWarning, match="a parameter is penalised by two attached penalties"):
+        second.step()
+    assert len(handles) == 2
+
+
+def test_a_scripted_model() -> None:
+    model = torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.Tanh()))
+    ewc = EWCLoss(model)
+    ewc.consolidate(fisher={n: torch.ones_like(p) for n, p in model.named_parameters()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ewc.attach(optimizer)
+    for _ in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert ewc.last_penalty.item() > 0

@@ -356,6 +356,14 @@ def test_logs() -> None:
     assert ewc.logs().keys() == {"ewc/penalty"}  # what is no Fisher predicts nothing
 
 
+def test_what_a_probe_may_say() -> None:
+    with pytest.raises(ValueError, match="the forgetting is infinite to start with"):
+        EWCBudget(penalty(), 1.0, Scripted(5.0, start=math.inf))
+    for said in (None, torch.ones(2)):
+        with pytest.raises(TypeError, match="probe must return a number or 0-dim tensor, got"):
+            EWCBudget(penalty(), 1.0, lambda said=said: said)
+
+
 def test_nan() -> None:
     ewc = penalty()
     budget = EWCBudget(ewc, 1.0, Scripted(math.nan), every=1)

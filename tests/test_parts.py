@@ -104,7 +104,7 @@ def test_subclasses_are_left_to_python() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [([], []), ((), [], []), ([1], [], []), ([({}, "a")], [], []), ([(1, "a", 2)], [], []), ([], [([],)], []),
-     ([], [((), ())], []), ([], [], [(1,)]), ([], [], [(1, True, [], 2)])],
+     ([], [([], [])], []), ([], [], [(1,)]), ([], [], [(1, True, [], 2)])],
 )  # fmt: skip
 def test_native_refuses_what_it_does_not_know(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(TypeError, match="unchanged takes three lists|expected a"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -67,9 +68,9 @@ class Attachment:
 
     @property
     def added(self) -> bool:
-        """Whether this step's gradient is in the gradients already. Not so if others have taken their place since: the
-        step for which it was added has been skipped then."""
-        return self._added is not None and all(grad() is p.grad for p, grad, _ in self._added)
+        """Whether this step's gradient is in the gradients already. Not so if others have taken the place of all since:
+        the step for which it was added has been skipped then."""
+        return self._added is not None and any(p.grad is not None and grad() is p.grad for p, grad, _ in self._added)
 
     def add_now(self) -> None:
         """Adds this step's gradient before the step, which then adds none.
@@ -120,6 +121,7 @@ class Attachment:
             parts.append(part)
         if whole and not parts:
             self.ewc._say_once(NOT_IN_OPTIMIZER)
+        self.ewc._say_what_is_penalised_twice(self)
         names = {slot.name for part in parts for slot in part.slots}
         for name in sorted(self._names & {slot.name for part in whole for slot in part.slots} - names):
             self.ewc._say_once(
@@ -131,6 +133,18 @@ class Attachment:
         self._groups, self._generation = groups, self.ewc._generation
         self._parts, self._names = parts, names
         return parts
+
+
+def _is_inner(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step whose hook this is was called by another step of the same optimizer: torch wraps ``step`` once
+    in every class that has one, and runs the hooks in each wrapper."""
+    wrapper = sys._getframe(2)
+    frame = wrapper.f_back
+    while frame is not None:
+        if frame.f_code is wrapper.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def lambda_scale(group: dict[str, Any]) -> float:
@@ -145,10 +159,11 @@ class AttachHandle(Attachment):
 
     def __init__(self, ewc: EWCLoss, optimizer: torch.optim.Optimizer, coupling: str, every: int = 1) -> None:
         super().__init__(ewc, optimizer, coupling, every)
-        if coupling == "coupled":
-            self._hook = optimizer.register_step_pre_hook(self._before_step)
-        else:
-            self._hook = optimizer.register_step_post_hook(self._after_step)
+        with_steps = [kind for kind in type(optimizer).__mro__ if "step" in vars(kind)]
+        self._may_nest = len(with_steps) > 2  # one is torch's base class
+        self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
+        if coupling == "proximal":
+            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
             if not is_known(optimizer):
                 ewc._say_once(
                     f"the metric of {type(optimizer).__name__} is not known: the proximal pull takes D = 1, as for "
@@ -156,10 +171,18 @@ class AttachHandle(Attachment):
                 )
 
     def remove(self) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         super().remove()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.coupling == "proximal":  # only what would be an error after the step
+            for group in optimizer.param_groups:
+                if SCALE_KEY in group:
+                    lambda_scale(group)
+            return
+        if self._may_nest and _is_inner(optimizer):
+            return
         # args holds the optimizer itself where torch passes it on.
         closure = None
         if kwargs or len(args) > 1:
@@ -180,5 +203,7 @@ class AttachHandle(Attachment):
         self.stepped()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._may_nest and _is_inner(optimizer):
+            return
         if self.acts():
             self.ewc._pull(self, optimizer, found_inf=getattr(optimizer, "found_inf", None))

@@ -78,6 +78,8 @@ class FusedStep:
         self.attachment: Attachment | None = None
         self._bundles: dict[int, tuple[object, list[Bundle]]] = {}
         if ewc is not None:
+            if not hasattr(ewc, "_check_attachable"):
+                raise TypeError(f"ewc must be an EWCLoss, got {type(ewc).__name__}")
             ewc._check_attachable(optimizer, coupling)
             self.attachment = Attachment(ewc, optimizer, coupling)
             ewc._register(self.attachment)
@@ -168,13 +170,12 @@ class FusedStep:
 
     def _skipped(self, attachment: Attachment, done: set[int]) -> list[PartResult]:
         """What the step skipped: its value alone."""
-        found = []
-        for part in attachment.parts():
-            left = [i for i, p in enumerate(part.params) if id(p) not in done]
-            if left:
-                rest = part.subset(left)
-                found.append((rest, attachment.ewc._value(rest)))
-        return found
+
+        def skipped() -> list[Part]:
+            left = [(part, [i for i, p in enumerate(part.params) if id(p) not in done]) for part in attachment.parts()]
+            return [part.subset(chosen) for part, chosen in left if chosen]
+
+        return attachment.ewc._run(skipped, lambda part: [(part, attachment.ewc._value(part))])
 
     # ---- who is stepped by which call ----
 
@@ -196,6 +197,8 @@ class FusedStep:
         key = (None if ewc is None else ewc._generation, lambda_scale(group), *map(id, params), *kinds, *strides)
         known = self._bundles.get(number)
         if known is None or known[0] != key or before:
+            if self.attachment is not None:
+                self.attachment.parts()  # which says what was replaced in the model alone
             known = (key, self._make(optimizer, group, params, kinds, whole))
             self._bundles[number] = known
         return known[1]

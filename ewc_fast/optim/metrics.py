@@ -40,7 +40,7 @@ def _steps(states: Sequence[State]) -> Any:
     where that can be had quickly: each of a dozen operations on a small tensor takes as long as a small step."""
     steps = [state["step"] for state in states]
     common = None if torch.compiler.is_compiling() else _common_value(steps)
-    if common is not None:
+    if common:  # 0 after an overflow in the first step: there is no correction yet, and 1 / 0 is infinite for tensors
         return common
     if isinstance(steps[0], Tensor):
         return torch.stack([step.reshape(()) for step in steps]).double()

@@ -547,6 +547,99 @@ def test_clipping_the_sum_or_the_tasks_gradient_alone() -> None:
                 torch.testing.assert_close(p.detach(), before[n] - total)
 
 
+class CallsSuper(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class CallsItTwice(CallsSuper):
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [CallsSuper, CallsItTwice])
+@pytest.mark.parametrize("coupling", ["coupled", "proximal"])
+def test_a_step_within_a_step_is_none_of_its_own(kind: Any, coupling: str) -> None:
+    """torch runs the hooks of both, once the base class has been used."""
+    O.SGD([nn.Parameter(torch.ones(1))])
+    CallsSuper([nn.Parameter(torch.ones(1))])
+    model, ewc = make()
+    optimizer = kind(model.parameters(), lr=0.1)
+    attach(ewc, optimizer, coupling, every=2)
+    for number in range(3):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer.zero_grad()
+        (0 * task_loss(model, batch())).backward()
+        with pytest.raises(ZeroDivisionError):  # one that fails is not in the next one's way
+            optimizer.step(lambda: 1 / 0) if coupling == "proximal" else 1 / 0
+        optimizer.step()
+        acts = number != 1
+        for n, p in model.named_parameters():
+            d, w = before[n] - ewc.anchor[n], 0.1 * 2 * LAMBDA * ewc.fisher[n]
+            times = 2 if kind is CallsItTwice else 1
+            wanted = before[n] - times * w * d if coupling == "coupled" else ewc.anchor[n] + d / (1 + w)
+            torch.testing.assert_close(p.detach(), wanted if acts else before[n], msg=n)
+
+
+@pytest.mark.parametrize("coupling", ["coupled", "proximal"])
+def test_a_wrong_scale_is_an_error_before_the_step(coupling: str) -> None:
+    model, ewc = make()
+    attach(ewc, optimizer := O.SGD(model.parameters(), lr=0.1), coupling)
+    task_loss(model, batch()).backward()
+    before = copy.deepcopy(model.state_dict())
+    optimizer.param_groups[0]["ewc_lambda_scale"] = "much"
+    with pytest.raises(ValueError, match="ewc_lambda_scale of a parameter group must be"):
+        optimizer.step()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_an_overflow_in_the_first_step() -> None:
+    model, ewc = make(torch.float32)
+    attach(ewc, optimizer := O.AdamW(model.parameters(), lr=0.1, fused=True), "proximal")
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu")
+    for bad in (math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(task_loss(model, batch(torch.float32)) * bad).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) == (bad == math.inf)
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_two_optimizers_in_turn_clip_their_own() -> None:
+    """As a GAN's do."""
+    for in_place in (True, False):
+        model, ewc = make()
+        optimizers = [O.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]
+        for optimizer in optimizers:
+            attach(ewc, optimizer, "coupled")
+        for _ in range(3):
+            for i, optimizer in zip((0, 2), optimizers, strict=True):
+                optimizer.zero_grad(set_to_none=not in_place)
+                before = {n: p.detach().clone() for n, p in model.named_parameters()}
+                (0 * task_loss(model, batch())).backward()
+                ewc.clip_grad_norm_(model[i].parameters(), 1e9)
+                optimizer.step()
+                for n, p in model.named_parameters():
+                    wanted = before[n] - 0.1 * LAMBDA * ewc.fisher[n] * (before[n] - ewc.anchor[n])
+                    torch.testing.assert_close(p.detach(), wanted if n.startswith(f"{i}.") else before[n], msg=n)
+
+
+@pytest.mark.parametrize("coupling", ["coupled", "proximal"])
+def test_groups_that_hold_no_list(coupling: str) -> None:
+    model, ewc = make()
+    attach(ewc, optimizer := O.SGD(model.parameters(), lr=0.1), coupling)
+    for held in (tuple, nn.ParameterList, list):
+        optimizer.param_groups[0]["params"] = held(model.parameters())
+        for _ in range(2):
+            before = ewc.last_penalty.item()
+            task_loss(model, batch()).backward()
+            optimizer.step()
+            assert ewc.last_penalty.item() not in (0.0, before)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_clipped_step_that_was_skipped_is_not_the_next_one(in_place: bool) -> None:
     """What ``clip_grad_norm_`` added went with the gradients: the next step adds its own, once."""
@@ -561,6 +654,7 @@ def test_a_clipped_step_that_was_skipped_is_not_the_next_one(in_place: bool) -> 
             for part in (model[0], model[2]):
                 ewc.clip_grad_norm_(part.parameters(), 1e9)
         if not skipped:
+            model[0].weight.grad = model[0].weight.grad * 1.0  # as a hook of the user's might
             optimizer.step()
             for n, p in model.named_parameters():
                 penalty = LAMBDA * ewc.fisher[n] * (before[n] - ewc.anchor[n])
