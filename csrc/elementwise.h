@@ -292,9 +292,10 @@ EWC_HD SgdStep<M> sgd_step(const SgdOptions& o, bool first) {
           static_cast<M>(o.momentum == 0.0 ? 1.0 : (1.0 - o.momentum) / (1.0 - o.dampening))};
 }
 
-template <Momentum kind, typename M>
+// decays: whether there is a weight decay. 0 times an infinite weight would be NaN.
+template <Momentum kind, bool decays, typename M>
 EWC_HD void sgd_update(const SgdStep<M>& s, M gradient, M& parameter, M& buffer) {
-  if (s.decay != M(0)) gradient += s.decay * parameter;  // 0 times an infinite weight would be NaN
+  if constexpr (decays) gradient += s.decay * parameter;
   if constexpr (kind != Momentum::kNone) {
     buffer = s.carried * buffer + s.rest * gradient;
     gradient = kind == Momentum::kNesterov ? gradient + s.momentum * buffer : buffer;

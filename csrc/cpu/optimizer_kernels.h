@@ -49,7 +49,7 @@ EWC_CLONES void adamw_block(void* const* data, const void* a_, const void* f_, i
   sums[1] += static_cast<double>(squared);
 }
 
-template <Coupling coupling, Momentum kind, typename M, typename F>
+template <Coupling coupling, Momentum kind, bool decays, typename M, typename F>
 EWC_CLONES void sgd_block(void* const* data, const void* a_, const void* f_, int64_t n, const SgdStep<M>& step,
                           const Pull<M>& pull_, double* sums) {
   M* __restrict__ p = static_cast<M*>(data[0]);
@@ -70,7 +70,7 @@ EWC_CLONES void sgd_block(void* const* data, const void* a_, const void* f_, int
     }
     with_penalty<coupling>(parameter, s.sign * g[i], anchor, fisher, pull, weighted, squared,
                            [&](M gradient, M& at) EWC_INLINE {
-                             sgd_update<kind>(s, gradient, at, buffer);
+                             sgd_update<kind, decays>(s, gradient, at, buffer);
                              return s.metric;
                            });
     p[i] = parameter;

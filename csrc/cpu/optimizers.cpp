@@ -167,19 +167,24 @@ Plan<AdamWStep<M>, M> adamw_plan(const StepCall& call) {
   return plan;
 }
 
-template <Coupling coupling, typename M, typename F>
+template <Coupling coupling, bool decays, typename M, typename F>
 StepFn<SgdStep<M>, M> sgd_block_of(Momentum kind) {
   switch (kind) {
-    case Momentum::kPlain: return sgd_block<coupling, Momentum::kPlain, M, F>;
-    case Momentum::kNesterov: return sgd_block<coupling, Momentum::kNesterov, M, F>;
-    default: return sgd_block<coupling, Momentum::kNone, M, F>;
+    case Momentum::kPlain: return sgd_block<coupling, Momentum::kPlain, decays, M, F>;
+    case Momentum::kNesterov: return sgd_block<coupling, Momentum::kNesterov, decays, M, F>;
+    default: return sgd_block<coupling, Momentum::kNone, decays, M, F>;
   }
 }
 
+template <Coupling coupling, typename M, typename F>
+StepFn<SgdStep<M>, M> sgd_block_of(Momentum kind, bool decays) {
+  return decays ? sgd_block_of<coupling, true, M, F>(kind) : sgd_block_of<coupling, false, M, F>(kind);
+}
+
 template <typename M, typename F>
-StepFn<SgdStep<M>, M> sgd_block_of(Momentum kind, Coupling coupling) {
-  return coupling == Coupling::kProximal ? sgd_block_of<Coupling::kProximal, M, F>(kind)
-                                         : sgd_block_of<Coupling::kCoupled, M, F>(kind);
+StepFn<SgdStep<M>, M> sgd_block_of(Momentum kind, bool decays, Coupling coupling) {
+  return coupling == Coupling::kProximal ? sgd_block_of<Coupling::kProximal, M, F>(kind, decays)
+                                         : sgd_block_of<Coupling::kCoupled, M, F>(kind, decays);
 }
 
 template <typename M, typename F>
@@ -227,11 +232,14 @@ struct Cpu {
                           : options.nesterov      ? Momentum::kNesterov
                                                   : Momentum::kPlain;
     Plan<SgdStep<M>, M> plan;
-    plan.block = sgd_block_of<M, M>(kind, call.coupling);
-    plan.unpenalised = sgd_block_of<Coupling::kNone, M, M>(kind);
+    const bool decays = options.weight_decay != 0.0;
+    plan.block = sgd_block_of<M, M>(kind, decays, call.coupling);
+    plan.unpenalised = sgd_block_of<Coupling::kNone, M, M>(kind, decays);
     if constexpr (std::is_same_v<M, float>) {
       plan.direct = is_fp32(call) && (has_fp32_fisher(call) || has_bf16_fisher(call));
-      if (plan.direct && has_bf16_fisher(call)) plan.block = sgd_block_of<float, bf16>(kind, call.coupling);
+      if (plan.direct && has_bf16_fisher(call)) {
+        plan.block = sgd_block_of<float, bf16>(kind, decays, call.coupling);
+      }
     }
     plan.steps.assign(call.table.entries.size(), sgd_step<M>(options, first));
     plan.lrs.assign(call.table.entries.size(), options.lr);

@@ -40,7 +40,8 @@ struct Sgd {
     for (int j = 0; j < n; ++j) {
       with_penalty<coupling>(x.parameter[j], step.sign * x.gradient[j], x.anchor[j], x.fisher[j], pull, weighted,
                              squared, [&](M gradient, M& parameter) {
-                               sgd_update<kind>(step, gradient, parameter, x.state[0][j]);
+                               step.decay != M(0) ? sgd_update<kind, true>(step, gradient, parameter, x.state[0][j])
+                                                  : sgd_update<kind, false>(step, gradient, parameter, x.state[0][j]);
                                return step.metric;
                              });
     }

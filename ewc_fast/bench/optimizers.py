@@ -140,9 +140,7 @@ class Steps:
             ewc = EWCLoss(self.problem.model, LAMBDA, fisher_dtype=way.fisher_dtype, backend=backend)
             ewc._state = penalty._state  # the same memory: a large model fits once
             ewc._state_changed()
-            with warnings.catch_warnings():  # that a parameter has two penalties: one of them steps at a time
-                warnings.simplefilter("ignore", UserWarning)
-                optimizer = way.make(self.params, ewc)
+            optimizer = way.make(self.params, ewc)
             if way.than in self._states:
                 optimizer.state = self._states[way.than]
             else:
@@ -241,11 +239,13 @@ def measure(
         progress(f"checking {way.name}")
         check(way, backend)
     progress(f"timing {len(ways)} ways, {rounds} rounds")
-    steps = Steps(workload, ways, device, backend)
     where_ = torch.device(device)
-    flush = CacheFlush(where_)
-    runs = {name: partial(time_once, optimizer.step, where_) for name, optimizer in steps.optimizers.items()}
-    times = interleave(runs, rounds, flush)
+    with warnings.catch_warnings():  # that a parameter has two penalties: one of them steps at a time
+        warnings.filterwarnings("ignore", "a parameter is penalised by two attached penalties", UserWarning)
+        steps = Steps(workload, ways, device, backend)
+        flush = CacheFlush(where_)
+        runs = {name: partial(time_once, optimizer.step, where_) for name, optimizer in steps.optimizers.items()}
+        times = interleave(runs, rounds, flush)
     return {
         "name": workload.name,
         "description": workload.description,

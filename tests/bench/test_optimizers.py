@@ -30,6 +30,7 @@ def test_a_wrong_step_is_noticed(name: str) -> None:
         check(dataclasses.replace(WAYS[name], coupling=""))
 
 
+@pytest.mark.filterwarnings("ignore:a parameter is penalised by two attached penalties")
 def test_all_ways_step_the_same_tensors_from_the_same_state() -> None:
     steps = Steps(TINY, list(WAYS.values()))
     for name, optimizer in steps.optimizers.items():

@@ -37,8 +37,8 @@ STEPS = {  # the function, and bytes read and written for an fp32 element
     "adamw proximal": ("adamw_block<(ewc::Coupling)2, false, float, float>", 24, 12),
     "adamw proximal, bf16 Fisher": (f"adamw_block<(ewc::Coupling)2, false, float, {BF16}>", 22, 12),
     "amsgrad proximal": ("adamw_block<(ewc::Coupling)2, true, float, float>", 28, 16),
-    "sgd coupled": ("sgd_block<(ewc::Coupling)1, (ewc::Momentum)0, float, float>", 16, 4),
-    "nesterov proximal": ("sgd_block<(ewc::Coupling)2, (ewc::Momentum)2, float, float>", 20, 8),
+    "sgd coupled": ("sgd_block<(ewc::Coupling)1, (ewc::Momentum)0, false, float, float>", 16, 4),
+    "nesterov proximal": ("sgd_block<(ewc::Coupling)2, (ewc::Momentum)2, true, float, float>", 20, 8),
     "proximal": ("proximal_block<(ewc::Metric)2, float, float>", 16, 4),
     "proximal, constant": ("proximal_block<(ewc::Metric)0, float, float>", 12, 4),
 }

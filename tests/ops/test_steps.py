@@ -56,8 +56,9 @@ class Problem:
         self.largest = draw(torch.rand, self.moments)
         self.steps = [torch.tensor(float(random.randint(1, 9))) for _ in sizes]
         self.protected = [anchored and random.random() < 0.75 for _ in sizes]
-        if anchored and not any(self.protected):
-            self.protected[0] = True
+        filled = [i for i, size in enumerate(sizes) if math.prod(size)]
+        if anchored and filled and not any(self.protected[i] for i in filled):
+            self.protected[filled[0]] = True
         self.anchors = [(p.double() + 0.5 * torch.randn(p.shape).double()).to(anchor) for p in self.params]
         self.fishers = [(torch.rand(p.shape) * (torch.rand(p.shape) < 0.75)).to(fisher) for p in self.params]
         strides = [ex.strides_of(p) for p in self.params]
