@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ewc_fast.fisher.batches import check_loader, expected_samples, first, warn_of_few
 from ewc_fast.fisher.diagonal import FisherDiagonal
 from ewc_fast.fisher.estimator import FisherEstimator, isolated_rng
+from ewc_fast.fisher.modes import module_mode
 
 
 def estimate_fisher(
@@ -111,6 +112,7 @@ def estimate_fisher(
     device = estimator.device
     with (
         isolated_rng(generator, device),
+        module_mode(model, training=False),  # here, so that not every batch has to switch it
         tqdm(total=expected_samples(loader, num_samples), desc="Fisher", unit="sample", disable=not progress) as bar,
     ):
         for batch in loader:

@@ -65,6 +65,8 @@ class FisherEstimator:
             raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
         self._objective: Objective = make_objective(kind, loss, logits_transform, num_label_samples)
         selected, _, _ = select_parameters(model, params)
+        if not selected and params is not None:
+            raise ValueError("params selects no parameter that requires grad: name one that does, or None for all")
         if not selected:
             raise ValueError(
                 "no parameter of the model requires grad: call requires_grad_(True) on those to estimate for"

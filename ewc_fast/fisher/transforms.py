@@ -13,6 +13,7 @@ from torch import Tensor
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 
 NORMS = ("unit_trace", "unit_mean", "unit_max")
+_KEPT_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def average(fishers: Iterable[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> FisherDiagonal:
@@ -197,14 +198,16 @@ def _by_layer(
     step: str,
     **info_changes: Any,
 ) -> FisherDiagonal:
-    """Applies ``change`` to the whole diagonal or to each layer, and notes it in the method."""
+    """Applies ``change`` to the whole diagonal or to each layer, and notes it in the method. In fp32 where the dtype is
+    none that a Fisher is kept in: integers and fp16 would lose the small entries."""
     layers: dict[str, dict[str, Tensor]] = {}
     changed = {}
     for name, tensor in fisher.items():
+        tensor = tensor.detach().to(tensor.dtype if tensor.dtype in _KEPT_DTYPES else torch.float32)
         if tensor.numel():
-            layers.setdefault(name.rpartition(".")[0] if by_layer else "", {})[name] = tensor.detach()
+            layers.setdefault(name.rpartition(".")[0] if by_layer else "", {})[name] = tensor
         else:
-            changed[name] = tensor.detach().clone()
+            changed[name] = tensor.clone()
     for layer in layers.values():
         changed |= change(layer)
     info = _info(fisher)

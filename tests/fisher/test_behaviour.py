@@ -278,6 +278,9 @@ def test_bad_logits(output: Any, error: type[Exception], message: str) -> None:
 def test_no_trainable_parameter() -> None:
     with pytest.raises(ValueError, match="no parameter of the model requires grad"):
         estimate_fisher(models.mlp().requires_grad_(False), [batch()])
+    for params in ([], ["0.weight"]):
+        with pytest.raises(ValueError, match="params selects no parameter that requires grad: name one that does"):
+            estimate_fisher(models.mlp().requires_grad_(False), [batch()], params=params)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

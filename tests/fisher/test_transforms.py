@@ -289,3 +289,12 @@ def test_numbers_out_of_range(number: float) -> None:
         ):
             with pytest.raises(ValueError, match="finite"):
                 call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.bool])
+@pytest.mark.parametrize("change", [normalize, lambda f: clip(f, quantile=0.5), lambda f: damp(f, mean=0.1)])
+def test_dtypes_that_no_fisher_is_kept_in_become_fp32(change: Callable[[Any], Any], dtype: torch.dtype) -> None:
+    given = {name: tensor.round().clamp(min=1).to(dtype) for name, tensor in random_fisher().items()}
+    found, wanted = change(given), change({name: tensor.float() for name, tensor in given.items()})
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, wanted[name]), name
