@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace ewc {
@@ -274,13 +275,19 @@ PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t n) {
   END_HANDLE_TH_ERRORS
 }
 
+// The one argument of a function of a list; nothing where only Python can tell what is in it.
+std::optional<std::vector<at::Tensor>> list_of(PyObject* const* args, Py_ssize_t n) {
+  TORCH_CHECK_TYPE(n == 1, "expected one list of tensors");
+  Reader read;
+  auto tensors = read.tensors(args[0]);
+  return read.may_call() ? std::optional(std::move(tensors)) : std::nullopt;
+}
+
 PyObject* all_have_grads(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(n == 1, "all_have_grads takes a list");
-  Reader read;
-  const auto params = read.tensors(args[0]);
-  if (!read.may_call()) Py_RETURN_NONE;
-  for (const at::Tensor& param : params) {
+  const auto params = list_of(args, n);
+  if (!params.has_value()) Py_RETURN_NONE;
+  for (const at::Tensor& param : *params) {
     if (!param.grad().defined()) Py_RETURN_FALSE;
   }
   Py_RETURN_TRUE;
@@ -289,13 +296,11 @@ PyObject* all_have_grads(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 PyObject* common_value(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(n == 1, "common_value takes a list");
-  Reader read;
-  const auto tensors = read.tensors(args[0]);
-  if (!read.may_call() || tensors.empty()) Py_RETURN_NONE;
+  const auto tensors = list_of(args, n);
+  if (!tensors.has_value() || tensors->empty()) Py_RETURN_NONE;
   double value = 0.0;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const at::Tensor& t = tensors[i];
+  for (size_t i = 0; i < tensors->size(); ++i) {
+    const at::Tensor& t = (*tensors)[i];
     if (!t.is_cpu() || t.numel() != 1 || !t.has_storage()) Py_RETURN_NONE;
     if (t.scalar_type() != at::kFloat && t.scalar_type() != at::kDouble) Py_RETURN_NONE;
     const double here =

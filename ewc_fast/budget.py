@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ewc_fast.functional import check_lambda
 from ewc_fast.loss import EWCLoss
+from ewc_fast.optim.attach import check_every
 
 _SMALLEST_LAMBDA = 1e-12  # in effect 0; from 0 itself no factor leads away
 
@@ -92,8 +93,7 @@ class EWCBudget:
     ) -> None:
         if not isinstance(ewc, EWCLoss):
             raise TypeError(f"ewc must be the EWCLoss whose lambda is to be set, got {type(ewc).__name__}")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a positive integer, got {every!r}")
+        check_every(every)
         self.ewc = ewc
         self.max_forgetting = max_forgetting
         self.every = every

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ewc_fast.layout import own_name, wrapper_prefix
 from ewc_fast.ops import autograd
-
-_STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+from ewc_fast.ops.types import STATE_DTYPES
 
 # Memory that is fresh at every call would cost more than the penalty does: its pages have to be found and zeroed.
 _buffers: weakref.WeakKeyDictionary[nn.Module, autograd.GradientBuffers] = weakref.WeakKeyDictionary()
@@ -57,7 +56,7 @@ def _check_state(what: str, name: str, t: Tensor, p: Tensor) -> Tensor:
         raise ValueError(f"{what} of {name} is on {t.device}, the parameter on {p.device}: move it with .to()")
     if t.dtype == torch.float16 and what == "anchor":
         return t.detach().float()  # exact
-    if t.dtype not in _STATE_DTYPES:
+    if t.dtype not in STATE_DTYPES:
         raise TypeError(f"{what} of {name} has dtype {t.dtype}; use float32, bfloat16 or float64")
     if t.layout != torch.strided:
         raise TypeError(f"{what} of {name} is {t.layout}; use a dense tensor")

@@ -19,7 +19,7 @@ from ewc_fast.layout import Slot, module_edges, name_parameters, own_name, selec
 from ewc_fast.ops import autograd, steps
 from ewc_fast.ops import penalty as ops
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
-from ewc_fast.optim.attach import NOT_IN_OPTIMIZER, AttachHandle, Attachment, check_coupling
+from ewc_fast.optim.attach import NOT_IN_OPTIMIZER, AttachHandle, Attachment, check_coupling, check_every
 from ewc_fast.optim.metrics import rates_of, step_metric
 from ewc_fast.parts import Part, PartResult, Watch, check_strided, lambda_factors, raise_with_names, split_by_grad_dtype
 from ewc_fast.state import EWCState, SlotMapping, protected_part
@@ -402,7 +402,7 @@ class EWCLoss:
     def _parts(self) -> list[Part]:
         """What to penalise, after a check that costs microseconds: is the model still made of the same objects?
 
-        What this does not show (another device, dtype or memory order) the ops see as they read the parameters.
+        What this does not show (another device or memory order) the ops see as they read the parameters.
         """
         if not self._watch.holds():
             self._bind()
@@ -488,11 +488,7 @@ class EWCLoss:
         def op(part: Part) -> list[PartResult]:
             if reads_only:
                 return [(part, self._value(part))]
-            device = part.quadratic.anchor.device
-            scalars = (
-                None if grad_scale is None else grad_scale.to(device, non_blocking=True),
-                None if found_inf is None else found_inf.to(device, non_blocking=True),
-            )
+            params = part.protected(part.params)
             grads: list[Tensor] = []
             fresh = []
             for p in part.params:
@@ -503,10 +499,11 @@ class EWCLoss:
                 grads.append(grad)
             try:
                 result = ops.penalty_accumulate_(
-                    part.protected(part.params),
+                    params,
                     part.protected(grads),
                     part.quadratic,
-                    *scalars,
+                    None if grad_scale is None else grad_scale.to(part.quadratic.anchor.device, non_blocking=True),
+                    None if found_inf is None else found_inf.to(part.quadratic.anchor.device, non_blocking=True),
                     part.maximize,
                     backend=self.backend,
                 )
@@ -681,8 +678,7 @@ class EWCLoss:
                 differentiable; under ``"proximal"``: a parameter group has no learning rate.
         """
         check_coupling(coupling)
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a positive integer, got {every!r}")
+        check_every(every)
         self._check_attachable(optimizer, coupling)
         handle = AttachHandle(self, optimizer, coupling, every)
         self._register(handle)

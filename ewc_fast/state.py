@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ewc_fast.layout import Group, Slot, make_groups
 from ewc_fast.ops.memory import same_memory_order
+from ewc_fast.ops.types import STATE_DTYPES
 
 MODES = ("separate", "online", "latest")
 FORMAT = 1
-_STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 class SlotMapping(Mapping[str, Tensor]):
@@ -62,7 +62,7 @@ def check_state_dtype(dtype: torch.dtype | None, name: str) -> torch.dtype | Non
     """
     if dtype == torch.float16:
         raise ValueError(f"{name}=torch.float16 zeroes small Fisher entries and overflows: use bfloat16 or float32")
-    if dtype is not None and dtype not in _STATE_DTYPES:
+    if dtype is not None and dtype not in STATE_DTYPES:
         raise ValueError(f"{name} must be float32, bfloat16 or float64, got {dtype}")
     return dtype
 
@@ -326,7 +326,7 @@ class EWCState:
                     f"({', '.join(list(params)[:3])} ...): load it into the model it was saved from"
                 )
             for what, t in (("Fisher", fisher[name]), ("anchor", anchor[name])):
-                if not isinstance(t, Tensor) or t.dtype not in _STATE_DTYPES:
+                if not isinstance(t, Tensor) or t.dtype not in STATE_DTYPES:
                     kind = t.dtype if isinstance(t, Tensor) else type(t).__name__
                     raise ValueError(f"the state's {what} of {name!r} is {kind}; float64, float32 or bfloat16 expected")
             p = protected_part(name, params[name], fisher[name].shape)

@@ -16,19 +16,17 @@ Each run is written to examples/results/budget/results.json when it is done; int
 
 from __future__ import annotations
 
-import argparse
 import copy
 import datetime
 import itertools
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from calibration import windows
+from calibration import parser_for, windows
 from fisher_kinds import fill, learn
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -232,14 +230,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Computes what is missing of the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to, and to go on from")
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "ewc_fast_budget",
-        help="folder that keeps the trained language model",
-    )
+    parser = parser_for(__doc__, RESULTS)
     parser.add_argument("--docs", type=Path, help="folder of optimizers.md, to write the table there")
     parser.add_argument("--quick", action="store_true", help="a few steps: seconds, to see it work")
     options = parser.parse_args(arguments)

@@ -608,16 +608,22 @@ def write(results: dict[str, Any], folder: Path) -> None:
         table.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in flat)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Computes what is missing of the results, and draws."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to, and to go on from")
+def parser_for(description: str | None, results: Path) -> argparse.ArgumentParser:
+    """With the options of an example that goes on from its results, and trains a language model once."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=results, help="folder to write to, and to go on from")
     parser.add_argument(
         "--work",
         type=Path,
-        default=Path(tempfile.gettempdir()) / "ewc_fast_calibration",
+        default=Path(tempfile.gettempdir()) / f"ewc_fast_{results.name}",
         help="folder that keeps the trained language model",
     )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Computes what is missing of the results, and draws."""
+    parser = parser_for(__doc__, RESULTS)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; call again to go on")
     parser.add_argument("--docs", type=Path, help="folder of fisher.md, to write the tables and the picture there")
     parser.add_argument("--quick", action="store_true", help="tiny models, a few steps: seconds, to see it work")

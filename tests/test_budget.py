@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,15 +16,7 @@ from torch import Tensor, nn
 
 from ewc_fast import EWCAdamW, EWCBudget, EWCLoss, ForgettingProbe, sample_sequences
 from ewc_fast.fisher import uniform_importance
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two would be slower on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.fisher.brute_force import one_thread  # noqa: F401
 
 
 def linear() -> nn.Linear:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
+from ewc_fast.ops.types import STATE_DTYPES
 
 NORMS = ("unit_trace", "unit_mean", "unit_max")
-_KEPT_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def average(fishers: Iterable[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> FisherDiagonal:
@@ -203,7 +203,7 @@ def _by_layer(
     layers: dict[str, dict[str, Tensor]] = {}
     changed = {}
     for name, tensor in fisher.items():
-        tensor = tensor.detach().to(tensor.dtype if tensor.dtype in _KEPT_DTYPES else torch.float32)
+        tensor = tensor.detach().to(tensor.dtype if tensor.dtype in STATE_DTYPES else torch.float32)
         if tensor.numel():
             layers.setdefault(name.rpartition(".")[0] if by_layer else "", {})[name] = tensor
         else:

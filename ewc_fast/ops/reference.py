@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ewc_fast.ops.memory import is_dense, same_memory_order
-from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
+from ewc_fast.ops.types import STATE_DTYPES, FlatQuadratic, PenaltyResult
 
-_STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-_DTYPES = (*_STATE_DTYPES, torch.float16)
+_DTYPES = (*STATE_DTYPES, torch.float16)
 _SCALAR_DTYPES = (torch.float32, torch.float64)
 
 
@@ -80,7 +79,7 @@ def check_buffers(anchor: Tensor, fisher: Tensor) -> None:
     for name, flat in (("anchor", anchor), ("fisher", fisher)):
         if flat.dtype == torch.float16:
             raise ValueError(f"{name} is float16, which zeroes small Fisher entries: use bfloat16, float32 or float64")
-        if flat.dtype not in _STATE_DTYPES:
+        if flat.dtype not in STATE_DTYPES:
             raise TypeError(f"{name} has dtype {flat.dtype}; expected float64, float32 or bfloat16")
         if flat.dim() != 1 or not flat.is_contiguous() or flat.numel() != anchor.numel():
             raise ValueError(f"{name} must be a flat (1-D, contiguous) buffer as long as the anchor")

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+STATE_DTYPES = (torch.float64, torch.float32, torch.bfloat16)  # that a Fisher and an anchor are kept in
+
 
 class FlatQuadratic(NamedTuple):
     """The quadratic around the anchor, of parameters that share a device and a dtype; in the native ops' order.

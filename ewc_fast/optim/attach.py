@@ -10,14 +10,21 @@ import torch
 from torch import Tensor
 
 from ewc_fast.optim.metrics import is_known
+from ewc_fast.parts import Watch
 
 if TYPE_CHECKING:
     from ewc_fast.loss import EWCLoss
-    from ewc_fast.parts import Part, Watch
+    from ewc_fast.parts import Part
 
 COUPLINGS = ("coupled", "proximal")
 NOT_IN_OPTIMIZER = "none of the parameters that EWC protects is in the attached optimizer: the penalty has no effect"
 SCALE_KEY = "ewc_lambda_scale"  # of a parameter group: a factor of lambda
+
+
+def check_every(every: int) -> None:
+    """Raises unless it is a number of steps."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be a positive integer, got {every!r}")
 
 
 def check_coupling(coupling: str) -> None:
@@ -42,7 +49,7 @@ class Attachment:
         self._parts: list[Part] = []
         self._groups: list[dict[str, Any]] | None = None  # what the parts were made of, as are the next two
         self._generation = 0
-        self._watch: Watch | None = None
+        self._watch = Watch()
         self._names: set[str] = set()
         self._added: list[tuple[Tensor, weakref.ref[Tensor], int]] | None = None  # parameter, gradient, its version
         self._steps = 0
@@ -96,12 +103,7 @@ class Attachment:
         """The protected parameters that this optimizer steps, a part per device, dtype and what the coupling needs:
         direction, or parameter group."""
         groups = self.param_groups()
-        if (
-            self._watch is not None
-            and self._groups is groups
-            and self._generation == self.ewc._generation
-            and self._watch.holds()
-        ):
+        if self._groups is groups and self._generation == self.ewc._generation and self._watch.holds():
             return self._parts
         whole = self.ewc._parts()
         members = {id(p): i for i, g in enumerate(groups) for p in g["params"]}
@@ -178,8 +180,7 @@ class AttachHandle(Attachment):
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.coupling == "proximal":  # only what would be an error after the step
             for group in optimizer.param_groups:
-                if SCALE_KEY in group:
-                    lambda_scale(group)
+                lambda_scale(group)
             return
         if self._may_nest and _is_inner(optimizer):
             return

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.library import opcheck
 
 from ewc_fast import ewc_penalty
 from ewc_fast.ops import autograd
@@ -55,18 +56,18 @@ def arguments(op: str, case: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize("op", ["penalty", "penalty_grad", "penalty_accumulate_"])
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(op: str, case: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.ewc_fast, op).default, arguments(op, case))
+    opcheck(getattr(torch.ops.ewc_fast, op).default, arguments(op, case))
 
 
 def test_opcheck_of_nothing() -> None:
     q = ex.make_inputs([]).q
-    torch.library.opcheck(torch.ops.ewc_fast.penalty.default, ([], *q))
-    torch.library.opcheck(torch.ops.ewc_fast.penalty_accumulate_.default, ([], [], *q))
+    opcheck(torch.ops.ewc_fast.penalty.default, ([], *q))
+    opcheck(torch.ops.ewc_fast.penalty_accumulate_.default, ([], [], *q))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_of_scale(dtype: torch.dtype) -> None:
-    torch.library.opcheck(torch.ops.ewc_fast.scale_.default, (torch.randn(70).to(dtype), torch.tensor(0.5)))
+    opcheck(torch.ops.ewc_fast.scale_.default, (torch.randn(70).to(dtype), torch.tensor(0.5)))
 
 
 def compiled(function: Callable[..., Any], backend: str = "aot_eager") -> Callable[..., Any]:

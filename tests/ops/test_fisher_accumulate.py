@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -448,8 +449,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     op = torch.ops.ewc_fast.fisher_accumulate_.default
     fisher = [torch.rand(33, 5).to(dtype), torch.rand(0).to(dtype), torch.rand(4, 6).t().to(dtype)]
     fisher.append(torch.rand(()).to(dtype))
-    torch.library.opcheck(op, (fisher, [torch.randn_like(f) for f in fisher]))
-    torch.library.opcheck(op, (fisher, [torch.randn(3, *f.shape).bfloat16() for f in fisher], 0.5))
+    opcheck(op, (fisher, [torch.randn_like(f) for f in fisher]))
+    opcheck(op, (fisher, [torch.randn(3, *f.shape).bfloat16() for f in fisher], 0.5))
 
 
 @pytest.mark.native

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
 from ewc_fast.ops import steps as ops
@@ -414,13 +415,13 @@ def test_opcheck(anchored: bool) -> None:
     tail = (*problem.q[1:], None, None, None)
     lists = [problem.params, problem.grads, problem.first, problem.second, problem.largest]
     args = (*map(problem.copies, lists), problem.steps, problem.q.strides, *tail, *ADAMW, True, 3, [0, 1, 2])
-    torch.library.opcheck(torch.ops.ewc_fast.adamw_.default, args)
+    opcheck(torch.ops.ewc_fast.adamw_.default, args)
     args = (*map(problem.copies, lists[:3]), problem.q.strides, *tail, *SGD, False, True)
-    torch.library.opcheck(torch.ops.ewc_fast.sgd_.default, args)
+    opcheck(torch.ops.ewc_fast.sgd_.default, args)
     if anchored:
         rates = torch.ones(3, 4, dtype=torch.float64)
         args = (problem.copies(problem.params), problem.second, problem.q.strides, *problem.q[1:], None, rates, True)
-        torch.library.opcheck(torch.ops.ewc_fast.proximal_.default, args)
+        opcheck(torch.ops.ewc_fast.proximal_.default, args)
 
 
 @pytest.mark.native
