@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from ewc_fast.budget import EWCBudget
+from ewc_fast.conventions import ConvertedLambda, convert_lambda
 from ewc_fast.fisher import FisherDiagonal, FisherEstimator, FisherInfo, estimate_fisher
 from ewc_fast.forgetting import ForgettingProbe
 from ewc_fast.functional import ewc_loss, ewc_penalty
@@ -15,6 +16,7 @@ from ewc_fast.training import train
 __version__ = version("ewc-fast")
 
 __all__ = [
+    "ConvertedLambda",
     "EWCAdamW",
     "EWCBudget",
     "EWCLoss",
@@ -23,6 +25,7 @@ __all__ = [
     "FisherEstimator",
     "FisherInfo",
     "ForgettingProbe",
+    "convert_lambda",
     "estimate_fisher",
     "ewc_loss",
     "ewc_penalty",
