@@ -17,6 +17,7 @@ from ewc_fast.bench import optimizers, report
 from ewc_fast.bench.fisher import report as fisher_report
 
 ROOT = Path(__file__).resolve().parent.parent
+COST = "docs/cost.md"
 DOCUMENT = "docs/performance.md"
 
 
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = report.read_json(options.results)
     folder = Path(os.path.relpath(options.results.resolve().parent, options.root.resolve())).as_posix()
     sections = {
-        "README.md": report.readme_section(results, folder, DOCUMENT),
+        "README.md": report.readme_section(results, COST),
+        COST: report.cost_section(results, f"../{folder}", Path(DOCUMENT).name),
         DOCUMENT: report.performance_section(results),
     }
     fisher = options.results.parent / "fisher" / "results.json"

@@ -1,4 +1,4 @@
-"""From results to text, files and the README's section on performance. Reads nothing but the results' JSON."""
+"""From results to text, files and what README.md and docs/ say of performance. Reads nothing but the results' JSON."""
 
 from __future__ import annotations
 
@@ -173,19 +173,50 @@ def bars(results: Results) -> list[tuple[Bar, str, float]]:
     return found
 
 
-# ---- the README ----
+# ---- the README and docs ----
 
 
 _SHORT = ("eager", "compile_eager", "foreach", "loop", "loop_no_value", "ewc_loss", "level1", "level2", "value", LIMIT)
+_FEW = ("eager", "compile_eager", "loop", "level1", "level2")
 _SHORT_STEPS = ("plain", "eager", "loop", "level1", "level2", "level3", "level3_proximal")
 
 
-def readme_section(results: Results, folder: str, document: str) -> str:
-    """The README's section, as Markdown: the main workload, and what a training step pays.
+def readme_section(results: Results, document: str) -> str:
+    """The README's section, as Markdown: the main workload in a few rows, and in a sentence what a step pays.
 
     Args:
         results: What was measured.
-        folder: Where the pictures are, as the README links to it.
+        document: Where :func:`cost_section` is, as the README links to it.
+    """
+    main = main_workload(results)
+    rows = [[p["note"], number(p["median_ms"], 1), number(p["ratio"], 2)] for p in main["peers"] if p["name"] in _FEW]
+    parts = [
+        f"{_millions(main)} {main['dtype']} parameters in {main['tensors']:,} tensors, {where(results)}, "
+        f"{results['date']}, medians of {main['rounds']} rounds:",
+        markdown(["penalty and gradient, per step", "ms", "times level 2"], rows),
+    ]
+    steps = {s["variant"]: s for s in results["steps"] if s["micro_batches"] == 1}
+    if {"eager", "level2"} <= steps.keys():
+        eager, attached = (
+            f"{s['ewc_percent']:.0f}% ({s['ewc_percent_p10']:.0f} to {s['ewc_percent_p90']:.0f}%)"
+            for s in (steps["eager"], steps["level2"])
+        )
+        s = steps["level2"]
+        parts.append(
+            f"To a whole training step of a model of {s['parameters'] / 1e6:.0f}M parameters ({s['batch']} x "
+            f"{s['tokens']} tokens) the penalty in plain PyTorch adds {eager}, `ewc.attach(optimizer)` {attached}; in "
+            "brackets the 10th and 90th percentile."
+        )
+    parts.append(f"The whole table, how much runs vary, and memory: [{document}]({document}).")
+    return "\n\n".join(parts)
+
+
+def cost_section(results: Results, folder: str, document: str) -> str:
+    """What it costs, as Markdown: the main workload, and what a training step pays.
+
+    Args:
+        results: What was measured.
+        folder: Where the pictures are, as the page links to it.
         document: Where :func:`performance_section` is, likewise.
     """
     main = main_workload(results)

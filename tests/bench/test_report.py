@@ -169,13 +169,13 @@ def files(results, tmp_path):
     for folder in (path.parent, tmp_path / "docs"):
         folder.mkdir(parents=True)
     report.write_json(results, path)
-    targets = [tmp_path / "README.md", tmp_path / "docs" / "performance.md"]
+    targets = [tmp_path / "README.md", tmp_path / "docs" / "cost.md", tmp_path / "docs" / "performance.md"]
     for target in targets:
         target.write_text(f"# before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
     return path, targets
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, 1, 2])
 def test_texts_are_written_and_checked(readme, files, results, capsys, tmp_path, which):
     path, targets = files
     target = targets[which]
@@ -185,7 +185,8 @@ def test_texts_are_written_and_checked(readme, files, results, capsys, tmp_path,
     assert "without --check" in capsys.readouterr().err and target.read_text() == before
     assert readme.main(arguments) == 0
     sections = [
-        report.readme_section(results, "results/here", "docs/performance.md"),
+        report.readme_section(results, "docs/cost.md"),
+        report.cost_section(results, "../results/here", "performance.md"),
         report.performance_section(results),
     ]
     section = sections[which]
@@ -195,26 +196,37 @@ def test_texts_are_written_and_checked(readme, files, results, capsys, tmp_path,
     assert target.read_text().count(section) == 1
     target.write_text(target.read_text().replace("# before", "changed outside of the section"))
     assert readme.main([*arguments, "--check"]) == 0
-    target.write_text(target.read_text().replace("caches cold", "caches warm"))
+    target.write_text(target.read_text().replace("parameters", "numbers"))
     assert readme.main([*arguments, "--check"]) == 1
 
 
-def test_the_readme_section(results):
+def test_the_section_on_cost(results):
     results = with_times(results, eager=30.0, level2=4.0)
-    told = report.readme_section(results, "benchmarks/results/here", "docs/performance.md")
+    told = report.cost_section(results, "benchmarks/results/here", "docs/performance.md")
     assert "| 30.0 |" in told and "| 4.0 |" in told and "](benchmarks/results/here/time_by_peer.png)" in told
     assert "](docs/performance.md)" in told and "whole training step" not in told
     row = {"variant": "plain", "note": "no EWC", "parameters": 124e6, "batch": 1, "tokens": 128, "median_ms": 900.4}
     row |= {"micro_batches": 1, "ewc_percent": None}
     added = {"variant": "level2", "note": "with", "ewc_percent": 3.4, "ewc_percent_p10": -1.2, "ewc_percent_p90": 8.8}
     steps = [row, {**row, **added}, {**row, "micro_batches": 4}]
-    told = report.readme_section({**results, "steps": steps}, "x", "y")
+    told = report.cost_section({**results, "steps": steps}, "x", "y")
     assert "| no EWC | 900 |  |" in told and "| with | 900 | 3% (-1 to 9%) |" in told and told.count("no EWC") == 1
+
+
+def test_the_readme_section(results):
+    results = with_times(results, eager=30.0, level2=4.0)
+    told = report.readme_section(results, "docs/cost.md")
+    assert "| 30.0 |" in told and "| 4.0 |" in told and "](docs/cost.md)" in told and "training step" not in told
+    step = {"variant": "eager", "parameters": 124e6, "batch": 1, "tokens": 128, "median_ms": 900.4, "micro_batches": 1}
+    step |= {"ewc_percent": 165.5, "ewc_percent_p10": 123.3, "ewc_percent_p90": 193.9}
+    added = {"variant": "level2", "ewc_percent": 3.4, "ewc_percent_p10": -1.2, "ewc_percent_p90": 8.8}
+    told = report.readme_section({**results, "steps": [step, {**step, **added}, {**step, "micro_batches": 4}]}, "x")
+    assert "124M parameters" in told and "adds 166% (123 to 194%), `ewc.attach(optimizer)` 3% (-1 to 9%)" in told
 
 
 @pytest.mark.parametrize("text", ["", report.BEGIN, f"{report.END} {report.BEGIN}", 2 * (report.BEGIN + report.END)])
 def test_readme_without_markers(readme, files, text, capsys):
-    path, (target, _) = files
+    path, (target, *_) = files
     target.write_text(text)
     assert readme.main([str(path), "--root", str(target.parent)]) == 1
     assert "there must be one line" in capsys.readouterr().err
