@@ -21,7 +21,7 @@ Losses = str | Callable[[nn.Module, Any], Tensor]
 
 
 class ConvertedLambda(NamedTuple):
-    """What :func:`convert_lambda` returns: the arguments that make this package's penalty the other one's.
+    """What :func:`ewc_fast.convert_lambda` returns: the arguments that make this package's penalty the other one's.
 
     Attributes:
         ewc_lambda: For :class:`ewc_fast.EWCLoss`, as are ``mode`` and ``gamma``.

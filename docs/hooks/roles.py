@@ -7,7 +7,7 @@ from typing import Any
 
 import griffe
 
-ROLE = re.compile(r":(?:py:)?(?:class|func|meth|mod|attr|obj):`(~?)([\w.]+)`")
+ROLE = re.compile(r":(?P<role>class|func|meth|mod|attr):`(?P<short>~?)(?P<name>[\w.]+)`")
 MODULES = ("ewc_fast.", "torch.")
 
 
@@ -19,13 +19,15 @@ class Roles(griffe.Extension):
             return
 
         def link(role: re.Match[str]) -> str:
-            short, name = role[1], role[2]
-            text = name.rpartition(".")[2] if short else name
+            name = role["name"]
+            text = name.rpartition(".")[2] if role["short"] else name
             owner = obj if obj.is_class else obj.parent
             if name.startswith(MODULES) or owner is None:
                 target = name
-            else:  # a class of the package, or a member of the same class
-                target = f"ewc_fast.{name}" if name[0].isupper() else f"{owner.path}.{name}"
+            elif name[0].isupper():  # a class of the package
+                target = f"ewc_fast.{name}"
+            else:  # a function of the same module, or a member of the same class
+                target = f"{(obj.module if role['role'] == 'func' else owner).path}.{name}"
             return f'<autoref identifier="{target}" optional><code>{text}</code></autoref>'
 
         obj.docstring.value = re.sub(r"``(.+?)``", r"`\1`", ROLE.sub(link, obj.docstring.value), flags=re.DOTALL)
