@@ -1,4 +1,4 @@
-"""A language model of SmolLM2-135M's shapes under bf16 autocast: what a sequence's squared gradient costs.
+"""A language model of SmolLM2-135M's shapes: what a sequence's squared gradient costs.
 
 Needs transformers. Weights and tokens are random, on which no operation's time depends.
 """
@@ -184,7 +184,7 @@ def measure(
     batches: Sequence[int] = (1, 4, 8),
     rounds: int = 5,
     *,
-    autocast: bool = True,
+    autocast: bool | None = None,
     names: Sequence[str] | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def measure(
         tokens: In a sequence.
         batches: Sequences per batch of ours.
         rounds: How often each way is timed, at least 1.
-        autocast: bf16 in forward and backward.
+        autocast: bf16 in forward and backward; None for where the CPU is not many times slower in it than in fp32.
         names: Ways to measure besides the training step and the loop; all if None.
         progress: Told what is being done.
 
@@ -208,6 +208,8 @@ def measure(
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if autocast is None:
+        autocast = "AVX512" in torch.backends.cpu.get_cpu_capability()
     language = LanguageModel(config, sequences, tokens, autocast=autocast)
     chosen = [way for way in ways(language, batches) if names is None or way.name in (STEP, LOOP, *names)]
     data = language.sequences
