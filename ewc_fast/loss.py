@@ -697,8 +697,8 @@ class EWCLoss:
             )
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # such as Accelerate's
             raise ValueError(
-                f"{kind} wraps an optimizer and has no step hooks of its own: attach to the one inside (.optimizer), with "
-                "Accelerate through ewc_fast.integrations.accelerate.attach"
+                f"{kind} wraps an optimizer and has no step hooks of its own: attach to the one inside (.optimizer), "
+                "with Accelerate by ewc_fast.integrations.accelerate.attach"
             )
         every = {id(p) for p in self.model.parameters()}
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
