@@ -103,6 +103,8 @@ class EWCCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attaches the penalty to the optimizers."""
         self._detach()
+        if not self.ewc.num_tasks and self._consolidate is None:
+            self.ewc._say_once("no task has been consolidated: the penalty has no effect. Call ewc.consolidate first")
         self._measured = trainer.global_step // self.probe_every
         for optimizer in trainer.optimizers:
             self._attach(optimizer)
@@ -134,10 +136,10 @@ class EWCCallback(Callback):
         handle = self._attachments[optimizer]
         if handle is None or handle.coupling == "proximal":
             return
-        # A fused optimizer unscales in its step.
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        scaler = getattr(trainer.precision_plugin, "scaler", None) if fused else None
-        self.ewc._accumulate(handle, handle.parts, grad_scale=None if scaler is None else scaler._get_scale_async())
+        scale = None
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: unscales in its step
+            scale = getattr(getattr(trainer.precision_plugin, "scaler", None), "_scale", None)
+        self.ewc._accumulate(handle, handle.parts, grad_scale=scale)
         handle.remember()  # or ewc.clip_grad_norm_ in configure_gradient_clipping would add it again
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

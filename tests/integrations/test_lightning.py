@@ -444,6 +444,12 @@ def test_a_penalty_on_another_model_is_refused() -> None:
         trainer(EWCCallback(ewc)).fit(module, loader(batches(1)))
 
 
+def test_a_penalty_without_a_task_is_reported() -> None:
+    module = Module(OPTIMIZERS["sgd"])
+    with pytest.warns(UserWarning, match="no task has been consolidated"):
+        trainer(EWCCallback(EWCLoss(module))).fit(module, loader(batches(1)))
+
+
 def test_bad_arguments_are_named() -> None:
     _, ewc = prepared(OPTIMIZERS["sgd"])
     with pytest.raises(TypeError, match="ewc must be an EWCLoss"):
