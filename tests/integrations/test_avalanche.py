@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,8 +26,11 @@ with warnings.catch_warnings():
 
 from ewc_fast import EWCLoss, estimate_fisher  # noqa: E402
 
-# Avalanche's own growing of what it has saved.
-pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing:UserWarning")
+pytestmark = [
+    # Avalanche's own growing of what it has saved, and its logging, which is off here.
+    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing:UserWarning"),
+    pytest.mark.filterwarnings("ignore:No loggers specified:UserWarning"),
+]
 
 LAMBDA = 20.0
 
@@ -90,21 +94,23 @@ def experiences(count: int = 3) -> Any:
     return with_task_labels(with_classes_timeline(benchmark_from_datasets(train=tasks, test=tasks)))
 
 
+def naive(model: nn.Module, plugin: Any, make: Any = None) -> Naive:
+    optimizer = (make or (lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9)))(model.parameters())
+    return Naive(
+        model=model,
+        optimizer=optimizer,
+        criterion=nn.CrossEntropyLoss(),
+        train_mb_size=8,
+        train_epochs=2,
+        plugins=[plugin],
+        evaluator=None,
+    )
+
+
 def run(model: nn.Module, plugin: Any, stream: Any, make: Any = None, seed: int = 1) -> list[Tensor]:
     """Trains on one experience after the other; returns the weights after each, in one vector."""
     torch.manual_seed(seed)
-    optimizer = (make or (lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9)))(model.parameters())
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="No loggers specified")
-        strategy = Naive(
-            model=model,
-            optimizer=optimizer,
-            criterion=nn.CrossEntropyLoss(),
-            train_mb_size=8,
-            train_epochs=2,
-            plugins=[plugin],
-            evaluator=None,
-        )
+    strategy = naive(model, plugin, make)
     weights = []
     for experience in stream:
         strategy.train(experience)
@@ -193,8 +199,8 @@ def test_proximal_stays_where_coupled_diverges() -> None:
     ends = {}
     for coupling in ("coupled", "proximal"):
         ends[coupling] = run(copy.deepcopy(first), EWCFastPlugin(1e7, coupling=coupling), stream)
-    assert ends["proximal"][-1].isfinite().all()
-    assert not ends["coupled"][-1].isfinite().all() or ends["coupled"][-1].abs().max() > 1e3
+    assert ends["proximal"][-1].abs().max() < 10
+    assert not ends["coupled"][-1].abs().max() < 1e3
 
 
 def test_kept_data_is_what_theirs_keeps() -> None:
@@ -236,6 +242,27 @@ def test_a_new_optimizer_takes_over() -> None:
     run(plain, SupervisedPlugin(), [stream[1]], attached, seed=2)
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+
+
+def test_a_pickled_strategy_goes_on_as_an_uninterrupted_one() -> None:
+    """As in Avalanche's checkpoints, which pickle model, optimizer and plugins together; a step's hooks get lost."""
+    first = MODELS["fixed"]()
+    stream = experiences(2).train_stream
+    whole = naive(copy.deepcopy(first), EWCFastPlugin(LAMBDA))
+    for experience in stream:
+        torch.manual_seed(3)
+        whole.train(experience)
+
+    half = naive(first, EWCFastPlugin(LAMBDA))
+    torch.manual_seed(3)
+    half.train(stream[0])
+    model, plugin, optimizer = pickle.loads(pickle.dumps((half.model, half.plugins[0], half.optimizer)))
+    resumed = naive(model, plugin, lambda _: optimizer)
+    resumed.optimized_param_id = dict(model.named_parameters())  # or Avalanche resets the momentum
+    torch.manual_seed(3)
+    resumed.train(stream[1])
+    for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize(
