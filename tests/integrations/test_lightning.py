@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -470,25 +468,3 @@ def test_consolidate_with_several_processes_is_refused() -> None:
     strategy.world_size = 2
     with pytest.raises(ValueError, match="consolidate: each process"):
         trainer(EWCCallback(ewc, consolidate=batches(1)), strategy=strategy).fit(module, loader(batches(1)))
-
-
-def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-
-
-def test_the_package_imports_no_framework_and_a_missing_one_is_named() -> None:
-    out = run_python(
-        "import sys, ewc_fast, ewc_fast.integrations\n"
-        "names = 'lightning', 'pytorch_lightning', 'accelerate', 'avalanche', 'transformers'\n"
-        "assert not any(name in sys.modules for name in names)\n"
-        "import importlib.abc\n"
-        "class Hidden(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name in names: raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Hidden())\n"
-        "for name in 'lightning', 'accelerate', 'avalanche':\n"
-        "    try: __import__('ewc_fast.integrations.' + name)\n"
-        "    except ImportError as error: print(error)\n"
-    )
-    for extra in ("lightning", "accelerate", "avalanche"):
-        assert f"pip install ewc-fast[{extra}]" in out
