@@ -695,6 +695,11 @@ class EWCLoss:
                 f"{kind} updates the weights inside the backward, where no step's hook can act: use an optimizer that "
                 "updates them in step()"
             )
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # such as Accelerate's
+            raise ValueError(
+                f"{kind} wraps an optimizer and has no step hooks of its own: attach to the one inside (.optimizer), "
+                "with Accelerate by ewc_fast.integrations.accelerate.attach"
+            )
         every = {id(p) for p in self.model.parameters()}
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         if stepped and not any(id(p) in every for p in stepped):
