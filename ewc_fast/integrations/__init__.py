@@ -1,0 +1,1 @@
+"""Other frameworks, a module each; none is imported before its module is."""
