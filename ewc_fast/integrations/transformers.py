@@ -75,7 +75,8 @@ class EWCCallback(TrainerCallback):
         TypeError: ``ewc`` or ``probe`` is of another type, or ``consolidate`` has an argument that there is not.
         ValueError: There is no such coupling or clip, the budget is another penalty's, or has a probe of its own.
             When training begins, before anything is changed: DeepSpeed, FSDP or another strategy whose step shows no
-            whole gradients; parameters on the meta device or sharded; the optimizer has none of the protected
+            whole gradients; parameters on the meta device or sharded; merged or disabled
+            adapters; the optimizer has none of the protected
             parameters, or this penalty in another coupling; a checkpoint without a state, or of another model; a
             dataset to consolidate whose labels are missing.
     """
@@ -146,6 +147,7 @@ class EWCCallback(TrainerCallback):
             )
         ewc = self._make_ewc(trainer)
         _check_parameters(ewc)
+        _check_adapters(trainer.model)
         if self._consolidate is not None:
             _check_dataset(trainer, ewc, self._with_defaults(trainer))
         optimizer = _inner(trainer.optimizer)
@@ -316,6 +318,7 @@ def consolidate(
     Raises:
         ValueError: The dataset is empty, or labels are needed and missing; see also :meth:`EWCLoss.consolidate`.
     """
+    _check_adapters(ewc.model)
     loss = _loss_of(ewc.model) if loss is None else loss
     batches = _batches(ewc.model, dataset, collator, batch_size, num_samples)
     ewc.consolidate(batches, loss=loss, num_samples=num_samples, **estimate)
@@ -417,6 +420,13 @@ def _check_parameters(ewc: EWCLoss) -> None:
             )
         if hasattr(p, "device_mesh"):
             raise ValueError(f"{name} is sharded (a DTensor), which this version does not penalise: train it with DDP")
+
+
+def _check_adapters(model: nn.Module) -> None:
+    if "peft" in sys.modules:  # else there are none
+        from ewc_fast.integrations.peft import check_adapters
+
+        check_adapters(model)
 
 
 def _check_dataset(trainer: Trainer, ewc: EWCLoss, arguments: Mapping[str, Any]) -> None:
