@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ pytest.importorskip("peft")
 with pytest.MonkeyPatch.context() as quiet:
     quiet.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from datasets import Dataset
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
@@ -27,6 +26,7 @@ with pytest.MonkeyPatch.context() as quiet:
 from ewc_fast.integrations.transformers import EWCCallback  # noqa: E402
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
 ]
@@ -104,6 +104,7 @@ def test_sft_equals_a_loop_in_plain_pytorch(tmp_path: Path, accumulation: int, a
         max_grad_norm=1.0,
         max_length=16,
     )
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     callback = EWCCallback(make_ewc)  # TRL wraps the model itself, so the penalty is made from what it trains
     trainer = SFTTrainer(
         model,
@@ -111,10 +112,13 @@ def test_sft_equals_a_loop_in_plain_pytorch(tmp_path: Path, accumulation: int, a
         train_dataset=make_data(),
         processing_class=make_tokenizer(),
         callbacks=[callback],
-        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if adapters else None,
+        peft_config=lora if adapters else None,
     )
     trainer.data_collator = recorder = Recorder(trainer.data_collator)
-    plain, ewc = copy.deepcopy(trainer.model), callback.ewc
+    ewc, plain = callback.ewc, make_model()
+    if adapters:
+        plain = get_peft_model(plain, lora)
+    plain.load_state_dict(trainer.model.state_dict())
     assert all("lora_" in name for name in ewc.fisher) == adapters
     trainer.train()
 
