@@ -104,7 +104,10 @@ def _checkpoint_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
     saved = get_peft_model_state_dict(
         model, state_dict=model.state_dict(keep_vars=True), adapter_name=adapter_name, save_embedding_layers=False
     )
+    # Up to 0.18 it takes an adapter for another whose name begins with the first one's.
+    others = model.peft_config.keys() - {adapter_name}
     names = {own[id(t)]: theirs for theirs, t in saved.items() if id(t) in own}
+    names = {name: theirs for name, theirs in names.items() if others.isdisjoint(name.split("."))}
     if len(set(names.values())) < len(names):
         raise ValueError(
             f"adapter {adapter_name!r}: PEFT saves two of its parameters under one name; rename the adapter"

@@ -75,10 +75,10 @@ class EWCCallback(TrainerCallback):
         TypeError: ``ewc`` or ``probe`` is of another type, or ``consolidate`` has an argument that there is not.
         ValueError: There is no such coupling or clip, the budget is another penalty's, or has a probe of its own.
             When training begins, before anything is changed: DeepSpeed, FSDP or another strategy whose step shows no
-            whole gradients; parameters on the meta device or sharded; merged or disabled
-            adapters; the optimizer has none of the protected
-            parameters, or this penalty in another coupling; a checkpoint without a state, or of another model; a
-            dataset to consolidate whose labels are missing.
+            whole gradients; parameters on the meta device or sharded; merged or disabled adapters; clipping that
+            another library has replaced, under ``clip="sum"``; an optimizer with none of the protected parameters, or
+            with this penalty in another coupling; a checkpoint without a state, or of another model; a dataset to
+            consolidate that lacks labels.
     """
 
     def __init__(
@@ -150,7 +150,9 @@ class EWCCallback(TrainerCallback):
         _check_adapters(trainer.model)
         if self._consolidate is not None:
             _check_dataset(trainer, ewc, self._with_defaults(trainer))
-        optimizer = _inner(trainer.optimizer)
+        accelerator, optimizer = trainer.accelerator, _inner(trainer.optimizer)
+        if self.clip == "sum" and "clip_grad_norm_" in vars(accelerator):
+            raise ValueError("clip='sum': something else has replaced accelerator.clip_grad_norm_; take clip='task'")
         if resumed_from is not None:
             self._load(Path(resumed_from))
         elif not ewc.num_tasks and self._consolidate is None:
@@ -163,7 +165,6 @@ class EWCCallback(TrainerCallback):
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)  # before the reporters, which are to see what it logs
-        accelerator = trainer.accelerator
         if self.clip == "sum":
 
             def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
@@ -273,7 +274,7 @@ class EWCCallback(TrainerCallback):
             self._handle.remove()
             self._handle = None
         if self._trainer is not None:
-            self._trainer.accelerator.__dict__.pop("clip_grad_norm_", None)  # back to the class's own
+            vars(self._trainer.accelerator).pop("clip_grad_norm_", None)  # back to the class's own
             self._trainer = None
 
     def _load(self, folder: Path) -> None:

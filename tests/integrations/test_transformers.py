@@ -31,11 +31,6 @@ from transformers import (  # noqa: E402
 
 from ewc_fast.integrations.transformers import EWCCallback, consolidate  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
-]
-
 LAMBDA, LR, STEPS, TOKENS = 30.0, 0.05, 4, 6
 
 
