@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ewc_fast.budget import EWCBudget
 from ewc_fast.fisher import estimate_fisher
 from ewc_fast.loss import EWCLoss
-from ewc_fast.optim.attach import AttachHandle, check_coupling, check_every
+from ewc_fast.optim.attach import AttachHandle, Attachment, check_coupling, check_every
 from ewc_fast.sequences import unwrapped
 
 try:
@@ -61,10 +61,11 @@ class EWCCallback(TrainerCallback):
             clipped.
         probe: Returns the measured forgetting: a :class:`ewc_fast.ForgettingProbe`, or any callable. Make it before
             training, also before one that is resumed.
-        probe_every: Ask the probe when a loss is logged, if so many steps or more have gone since the last time.
+        probe_every: Ask the probe when a loss is logged, the first time and then if so many steps have gone since.
         budget: Sets lambda as training goes on; its ``step()`` is called after each optimizer step.
         consolidate: Ends the task when training has ended: arguments of :func:`consolidate`, by name, without ``ewc``.
-            Of these, ``dataset`` and ``collator`` are the Trainer's own if left out: ``consolidate={}``.
+            Of these, ``dataset`` and ``collator`` are the Trainer's own if left out (``consolidate={}``), and
+            ``generator`` one that is seeded with ``args.seed``.
 
     Attributes:
         ewc: The penalty.
@@ -114,7 +115,7 @@ class EWCCallback(TrainerCallback):
         self._handle: AttachHandle | None = None
         self._trainer: Trainer | None = None  # while it trains
         self._measured: float | None = None
-        self._measured_at = -1
+        self._measured_at = 0
 
     @property
     def ewc(self) -> EWCLoss:
@@ -153,15 +154,25 @@ class EWCCallback(TrainerCallback):
         accelerator, optimizer = trainer.accelerator, _inner(trainer.optimizer)
         if self.clip == "sum" and "clip_grad_norm_" in vars(accelerator):
             raise ValueError("clip='sum': something else has replaced accelerator.clip_grad_norm_; take clip='task'")
-        if resumed_from is not None:
-            self._load(Path(resumed_from))
-        elif not ewc.num_tasks and self._consolidate is None:
+        attachment = self._attach(optimizer)
+        try:
+            if resumed_from is not None:
+                self._load(Path(resumed_from))
+            if ewc.num_tasks and not attachment.parts():
+                raise ValueError(
+                    f"the optimizer steps none of the protected parameters (such as {next(iter(ewc.fisher))}): freeze "
+                    "or wrap the model (PEFT) first, then make the EWCLoss from the model that the Trainer trains, "
+                    "trainer.model"
+                )
+        except ValueError:
+            self._detach()
+            raise
+        if not ewc.num_tasks and self._consolidate is None:
             warnings.warn(
                 "no task is consolidated yet, so that the penalty is 0: call ewc.consolidate(...) before training, or "
                 "give EWCCallback consolidate=, if this is the first task",
                 stacklevel=2,
             )
-        self._attach(optimizer)
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)  # before the reporters, which are to see what it logs
@@ -173,7 +184,7 @@ class EWCCallback(TrainerCallback):
 
             accelerator.clip_grad_norm_ = clip_grad_norm_
         self._trainer = trainer
-        self._measured, self._measured_at = None, -1
+        self._measured = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts the step for the budget."""
@@ -185,7 +196,8 @@ class EWCCallback(TrainerCallback):
         """Adds to what is logged with the loss."""
         if logs is None or "loss" not in logs or self._trainer is None:
             return
-        if self.probe is not None and state.global_step - self._measured_at >= self.probe_every:
+        due = self._measured is None or state.global_step - self._measured_at >= self.probe_every
+        if self.probe is not None and due:
             with _own_precision(self._trainer.model):
                 self._measured = float(self.probe())
             self._measured_at = state.global_step
@@ -246,28 +258,24 @@ class EWCCallback(TrainerCallback):
         return self._made
 
     def _with_defaults(self, trainer: Trainer) -> dict[str, Any]:
-        defaults = {"dataset": trainer.train_dataset, "collator": trainer.data_collator}
+        defaults = {
+            "dataset": trainer.train_dataset,
+            "collator": trainer.data_collator,
+            "generator": torch.Generator().manual_seed(trainer.args.seed),  # the same labels in every process
+        }
         return {**defaults, **(self._consolidate or {})}
 
-    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
-        ewc = self.ewc
-        attachments = [h for h in ewc._handles if h.optimizer is optimizer]
-        if attachments:
-            if self.coupling not in (None, attachments[0].coupling):
-                raise ValueError(
-                    f"coupling={self.coupling!r}, but the optimizer has this penalty with "
-                    f"{attachments[0].coupling!r} already: leave one out"
-                )
-        else:
-            self._handle = ewc.attach(optimizer, self.coupling or "coupled")
-            attachments = [self._handle]
-        if ewc.num_tasks and not attachments[0].parts():
-            name = next(iter(ewc.fisher))
-            self._detach()
-            raise ValueError(
-                f"the optimizer steps none of the protected parameters (such as {name}): freeze or wrap the model "
-                "(PEFT) first, then make the EWCLoss from the model that the Trainer trains, trainer.model"
-            )
+    def _attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
+        for present in self.ewc._handles:
+            if present.optimizer is optimizer:
+                if self.coupling not in (None, present.coupling):
+                    raise ValueError(
+                        f"coupling={self.coupling!r}, but the optimizer has this penalty with {present.coupling!r} "
+                        "already: leave one out"
+                    )
+                return present
+        self._handle = self.ewc.attach(optimizer, self.coupling or "coupled")
+        return self._handle
 
     def _detach(self) -> None:
         if self._handle is not None:

@@ -382,6 +382,10 @@ def test_a_classifier_and_a_dataset_with_other_columns(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="consolidate: the dataset's first sample cannot be used: .*empty"):
         Trainer(model, args, train_dataset=data, callbacks=[EWCCallback(ewc, consolidate=dict(dataset=[]))]).train()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[EWCCallback(ewc)])
+    trainer.accelerator.clip_grad_norm_ = lambda *args: torch.zeros(())
+    with pytest.raises(ValueError, match="something else has replaced accelerator.clip_grad_norm_; take clip='task'"):
+        trainer.train()
 
 
 def test_the_penalty_is_made_from_the_trainers_model(tmp_path: Path) -> None:
