@@ -1,0 +1,452 @@
+"""``EWCCallback``: Elastic Weight Consolidation in Hugging Face's ``Trainer``, and in what is built on it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ewc_fast.budget import EWCBudget
+from ewc_fast.fisher import estimate_fisher
+from ewc_fast.loss import EWCLoss
+from ewc_fast.optim.attach import AttachHandle, Attachment, check_coupling, check_every
+from ewc_fast.sequences import unwrapped
+
+try:
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import Trainer, TrainerCallback, default_data_collator
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+except ImportError as error:
+    raise ImportError(f"EWCCallback needs transformers and accelerate ({error}): pip install 'ewc-fast[hf]'") from error
+
+STATE_FILE = "ewc.safetensors"
+BUDGET_FILE = "ewc_budget.json"
+CLIPS = ("sum", "task")
+
+_PROBLEMS = {"multi_label_classification": "binary_cross_entropy", "regression": "gaussian"}
+
+
+class EWCCallback(TrainerCallback):
+    """EWC in a ``Trainer``: ``Trainer(..., callbacks=[EWCCallback(ewc)])``, and nothing else changes.
+
+    The penalty acts once per optimizer step, at the step (:meth:`ewc_fast.EWCLoss.attach`), so that it depends neither
+    on the gradient accumulation nor on mixed precision. It is attached when training begins and detached at its end. An
+    optimizer that has this penalty already, :class:`ewc_fast.EWCAdamW` or one that it was attached to, keeps it as it
+    is: it never acts twice.
+
+    With every loss it logs ``ewc/penalty`` and ``ewc/predicted_forgetting``, and with a probe
+    ``ewc/measured_forgetting``, in ``trainer.state.log_history`` and to the reporters. With every checkpoint it saves
+    the state of EWC (``ewc.safetensors``, and ``ewc_budget.json``), and takes it up again on
+    ``resume_from_checkpoint``, so that the anchor remains what it was. ``ewc_lambda`` and ``damping`` are not part of
+    it; a budget's lambda is.
+
+    Args:
+        ewc: The penalty, of the Trainer's model; or a function that is given the Trainer's model, when the Trainer is
+            built, and returns the penalty: for trainers that make or wrap the model themselves.
+        coupling: ``"coupled"`` or ``"proximal"``; None for that of the optimizer if it has the penalty already, else
+            ``"coupled"``.
+        clip: What ``max_grad_norm`` clips under ``"coupled"``: ``"sum"``, the task's and the penalty's gradient
+            together, as if the penalty were in the loss; or ``"task"``, the task's alone, to which the penalty's is
+            then added whole. ``grad_norm`` in the logs is that of the same. A proximal pull is no gradient and is never
+            clipped.
+        probe: Returns the measured forgetting: a :class:`ewc_fast.ForgettingProbe`, or any callable. Make it before
+            training, also before one that is resumed.
+        probe_every: Ask the probe when a loss is logged, the first time and then if so many steps have gone since.
+        budget: Sets lambda as training goes on; its ``step()`` is called after each optimizer step.
+        consolidate: Ends the task when training has ended: arguments of :func:`consolidate`, by name, without ``ewc``.
+            Of these, ``dataset`` and ``collator`` are the Trainer's own if left out (``consolidate={}``), and
+            ``generator`` one that is seeded with ``args.seed``.
+
+    Attributes:
+        ewc: The penalty.
+        probe: The probe; may be set at any time.
+        budget: The budget.
+
+    Raises:
+        TypeError: ``ewc`` or ``probe`` is of another type, or ``consolidate`` has an argument that there is not.
+        ValueError: There is no such coupling or clip, the budget is another penalty's, or has a probe of its own.
+            When training begins, before anything is changed: DeepSpeed, FSDP or another strategy whose step shows no
+            whole gradients; parameters on the meta device or sharded; merged or disabled adapters; clipping that
+            another library has replaced, under ``clip="sum"``; an optimizer with none of the protected parameters, or
+            with this penalty in another coupling; a checkpoint without a state, or of another model; a dataset to
+            consolidate that lacks labels.
+    """
+
+    def __init__(
+        self,
+        ewc: EWCLoss | Callable[[nn.Module], EWCLoss],
+        *,
+        coupling: str | None = None,
+        clip: str = "sum",
+        probe: Callable[[], Tensor | float] | None = None,
+        probe_every: int = 1,
+        budget: EWCBudget | None = None,
+        consolidate: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(ewc, EWCLoss) and not callable(ewc):
+            raise TypeError(f"ewc must be an EWCLoss, or a function from the model to one, got {type(ewc).__name__}")
+        if coupling is not None:
+            check_coupling(coupling)
+        if clip not in CLIPS:
+            raise ValueError(f"clip must be one of {', '.join(CLIPS)}, got {clip!r}")
+        if probe is not None and not callable(probe):
+            raise TypeError(f"probe must be callable without arguments, got {type(probe).__name__}")
+        check_every(probe_every)
+        if budget is not None and budget.ewc is not ewc:
+            raise ValueError("budget: its EWCLoss is another one than ewc; make it with EWCBudget(ewc, ...)")
+        if budget is not None and probe is not None and "ewc/measured_forgetting" in budget.logs():
+            raise ValueError("probe: the budget has a probe of its own, which is logged: leave this one out")
+        if consolidate is not None:
+            _check_arguments(consolidate)
+        self._made: EWCLoss | None = ewc if isinstance(ewc, EWCLoss) else None
+        self._make: Callable[..., Any] = ewc
+        self.coupling, self.clip, self.probe, self.probe_every = coupling, clip, probe, probe_every
+        self.budget, self._consolidate = budget, consolidate
+        self._handle: AttachHandle | None = None
+        self._trainer: Trainer | None = None  # while it trains
+        self._measured: float | None = None
+        self._measured_at = 0
+
+    @property
+    def ewc(self) -> EWCLoss:
+        """The penalty.
+
+        Raises:
+            RuntimeError: It is to be made from the Trainer's model, and there is no Trainer yet.
+        """
+        if self._made is None:
+            raise RuntimeError("the EWCLoss is made when the Trainer is built: pass callbacks=[EWCCallback(...)]")
+        return self._made
+
+    # ---- events ----
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer is built."""
+        trainer, _ = self._find_trainer()
+        _check_strategy(trainer)
+        self._make_ewc(trainer)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attaches the penalty, after what would be an error later."""
+        self._detach()  # what a training that was broken off has left behind
+        trainer, resumed_from = self._find_trainer()
+        _check_strategy(trainer)
+        if self._made is None and resumed_from is not None:
+            raise ValueError(
+                "ewc is a function of the model, whose weights are the checkpoint's by now: give the callback to the "
+                "Trainer with callbacks=[...], so that it is called before"
+            )
+        ewc = self._make_ewc(trainer)
+        _check_parameters(ewc)
+        _check_adapters(trainer.model)
+        if self._consolidate is not None:
+            _check_dataset(trainer, ewc, self._with_defaults(trainer))
+        accelerator, optimizer = trainer.accelerator, _inner(trainer.optimizer)
+        if self.clip == "sum" and "clip_grad_norm_" in vars(accelerator):
+            raise ValueError("clip='sum': something else has replaced accelerator.clip_grad_norm_; take clip='task'")
+        attachment = self._attach(optimizer)
+        try:
+            if resumed_from is not None:
+                self._load(Path(resumed_from))
+            if ewc.num_tasks and not attachment.parts():
+                raise ValueError(
+                    f"the optimizer steps none of the protected parameters (such as {next(iter(ewc.fisher))}): freeze "
+                    "or wrap the model (PEFT) first, then make the EWCLoss from the model that the Trainer trains, "
+                    "trainer.model"
+                )
+        except ValueError:
+            self._detach()
+            raise
+        if not ewc.num_tasks and self._consolidate is None:
+            warnings.warn(
+                "no task is consolidated yet, so that the penalty is 0: call ewc.consolidate(...) before training, or "
+                "give EWCCallback consolidate=, if this is the first task",
+                stacklevel=2,
+            )
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)  # before the reporters, which are to see what it logs
+        if self.clip == "sum":
+
+            def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
+                accelerator.unscale_gradients()
+                return ewc.clip_grad_norm_(parameters, max_norm, norm_type)
+
+            accelerator.clip_grad_norm_ = clip_grad_norm_
+        self._trainer = trainer
+        self._measured = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts the step for the budget."""
+        if self.budget is not None and self._trainer is not None:
+            with _own_precision(self._trainer.model):
+                self.budget.step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Adds to what is logged with the loss."""
+        if logs is None or "loss" not in logs or self._trainer is None:
+            return
+        due = self._measured is None or state.global_step - self._measured_at >= self.probe_every
+        if self.probe is not None and due:
+            with _own_precision(self._trainer.model):
+                self._measured = float(self.probe())
+            self._measured_at = state.global_step
+        own = {name: float(value) for name, value in (self.budget or self.ewc).logs().items()}
+        if self._measured is not None:
+            own["ewc/measured_forgetting"] = self._measured
+        logs.update(own)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(own)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Saves the state in the checkpoint that was just written."""
+        if not args.should_save:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.ewc.save(folder / STATE_FILE)
+        if self.budget is not None:
+            (folder / BUDGET_FILE).write_text(json.dumps(self.budget.state_dict()))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Detaches the penalty, and ends the task if that was asked for."""
+        trainer = self._trainer
+        self._detach()
+        if self._consolidate is not None and trainer is not None:
+            with _own_precision(trainer.model):
+                consolidate(self.ewc, **self._with_defaults(trainer))
+
+    # ---- the parts of that ----
+
+    def _find_trainer(self) -> tuple[Trainer, str | None]:
+        """The Trainer that calls, and the checkpoint that it resumes from.
+
+        Trainers hand their callbacks neither of the two, and only the frames of the call hold them both.
+        """
+        trainer: Trainer | None = None
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            handler = getattr(owner, "callback_handler", None) if isinstance(owner, Trainer) else None
+            if handler is not None and any(callback is self for callback in handler.callbacks):
+                trainer = owner
+                if "resume_from_checkpoint" in frame.f_locals:
+                    return trainer, frame.f_locals["resume_from_checkpoint"]
+            frame = frame.f_back
+        if trainer is None:
+            raise RuntimeError(
+                "EWCCallback was called by no Trainer: pass it to one with callbacks=[...]; in a loop of your own call "
+                "ewc.attach(optimizer)"
+            )
+        return trainer, None
+
+    def _make_ewc(self, trainer: Trainer) -> EWCLoss:
+        if self._made is None:
+            made = self._make(trainer.model)
+            if not isinstance(made, EWCLoss):
+                raise TypeError(f"ewc: the function must return an EWCLoss, got {type(made).__name__}")
+            self._made = made
+        return self._made
+
+    def _with_defaults(self, trainer: Trainer) -> dict[str, Any]:
+        defaults = {
+            "dataset": trainer.train_dataset,
+            "collator": trainer.data_collator,
+            "generator": torch.Generator().manual_seed(trainer.args.seed),  # the same labels in every process
+        }
+        return {**defaults, **(self._consolidate or {})}
+
+    def _attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
+        for present in self.ewc._handles:
+            if present.optimizer is optimizer:
+                if self.coupling not in (None, present.coupling):
+                    raise ValueError(
+                        f"coupling={self.coupling!r}, but the optimizer has this penalty with {present.coupling!r} "
+                        "already: leave one out"
+                    )
+                return present
+        self._handle = self.ewc.attach(optimizer, self.coupling or "coupled")
+        return self._handle
+
+    def _detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if self._trainer is not None:
+            vars(self._trainer.accelerator).pop("clip_grad_norm_", None)  # back to the class's own
+            self._trainer = None
+
+    def _load(self, folder: Path) -> None:
+        path = folder / STATE_FILE
+        if not path.exists():
+            raise ValueError(
+                f"resume_from_checkpoint: there is no {STATE_FILE} in {folder}, which was saved without EWCCallback. "
+                f"To go on with the present state, write it there first: ewc.save({str(path)!r})"
+            )
+        try:
+            self.ewc.load(path)
+            if self.budget is not None and (folder / BUDGET_FILE).exists():
+                self.budget.load_state_dict(json.loads((folder / BUDGET_FILE).read_text()))
+        except ValueError as error:
+            raise ValueError(f"resume_from_checkpoint: {folder} does not fit this EWCLoss: {error}") from error
+
+
+def consolidate(
+    ewc: EWCLoss,
+    dataset: Any,
+    collator: Callable[[list[Any]], Any] | None = None,
+    *,
+    batch_size: int = 8,
+    num_samples: int | None = None,
+    loss: Any = None,
+    **estimate: Any,
+) -> None:
+    """Ends a task, as :meth:`ewc_fast.EWCLoss.consolidate` does, from a dataset as a Trainer takes it.
+
+    Args:
+        ewc: The penalty.
+        dataset: Yields samples as dicts, of which the model's own arguments and the labels are used. If it has a length
+            and ``num_samples`` is below it, evenly spaced samples are taken.
+        collator: Makes a batch of a list of samples; transformers' default if None.
+        batch_size: Samples per batch.
+        num_samples: How many samples; None for all.
+        loss: See :func:`ewc_fast.estimate_fisher`; None for ``"causal_lm"`` where the model is a causal language model,
+            ``"binary_cross_entropy"`` or ``"gaussian"`` where its config's ``problem_type`` asks for it, else
+            ``"cross_entropy"``.
+        **estimate: ``kind``, ``generator``, ``progress`` and other arguments of :func:`ewc_fast.estimate_fisher`.
+
+    Raises:
+        ValueError: The dataset is empty, or labels are needed and missing; see also :meth:`EWCLoss.consolidate`.
+    """
+    _check_adapters(ewc.model)
+    loss = _loss_of(ewc.model) if loss is None else loss
+    batches = _batches(ewc.model, dataset, collator, batch_size, num_samples)
+    ewc.consolidate(batches, loss=loss, num_samples=num_samples, **estimate)
+
+
+def _batches(
+    model: nn.Module,
+    dataset: Any,
+    collator: Callable[[list[Any]], Any] | None,
+    batch_size: int,
+    num_samples: int | None,
+) -> Iterator[Any]:
+    wanted = _arguments_of(model)
+    try:
+        size = len(dataset)
+    except TypeError:  # it streams
+        samples = islice(dataset, num_samples)
+    else:
+        count = size if num_samples is None else min(num_samples, size)
+        samples = (dataset[i * size // count] for i in range(count))  # type: ignore[assignment]
+    while batch := list(islice(samples, batch_size)):
+        if isinstance(batch[0], Mapping):
+            batch = [{k: v for k, v in sample.items() if k in wanted} for sample in batch]
+        collated = (collator or default_data_collator)(batch)
+        yield {k: v for k, v in collated.items() if v is not None} if isinstance(collated, Mapping) else collated
+
+
+def _arguments_of(model: nn.Module) -> set[str]:
+    """What a sample may hold for the model, as the Trainer keeps it."""
+    return {*inspect.signature(_plain(model).forward).parameters, "label", "label_ids", "labels"}
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The transformers model itself, without wrappers and adapters."""
+    model = unwrapped(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _loss_of(model: nn.Module) -> str:
+    model = _plain(model)
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")) or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "causal_lm"
+    return _PROBLEMS.get(getattr(getattr(model, "config", None), "problem_type", None) or "", "cross_entropy")
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+@contextmanager
+def _own_precision(model: nn.Module) -> Iterator[None]:
+    """Takes off the autocast that accelerate puts around a model's forward: what a probe is compared with was said
+    without."""
+    patched = model.__dict__.get("forward")
+    original = model.__dict__.get("_original_forward")
+    if patched is None or original is None:
+        yield
+        return
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = patched
+
+
+# ---- what would be an error later ----
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    if not isinstance(arguments, Mapping):
+        raise TypeError(f"consolidate must be a dict of arguments, got {type(arguments).__name__}: dict(dataset=...)")
+    if "ewc" in arguments:
+        raise TypeError("consolidate: leave out ewc, which is the callback's")
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    kind = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
+    if kind == "NO" or kind.startswith("MULTI_"):
+        return
+    remedies = {
+        "DEEPSPEED": "DeepSpeed updates the weights inside its own engine, where no step's hook acts: train without "
+        "args.deepspeed, with DDP",
+        "FSDP": "FSDP cuts the parameters into shards, which this version does not penalise: train without args.fsdp, "
+        "with DDP",
+    }
+    raise ValueError(remedies.get(kind, f"{kind}: this version penalises single processes and DDP, take one of these"))
+
+
+def _check_parameters(ewc: EWCLoss) -> None:
+    selected, _, _ = ewc._select()
+    for name, p in selected.items():
+        if p.device.type == "meta":
+            raise ValueError(
+                f"{name} is on the meta device and holds no numbers: load the whole model onto a device, without "
+                "offloading, or leave the parameter out with EWCLoss(params=...)"
+            )
+        if hasattr(p, "device_mesh"):
+            raise ValueError(f"{name} is sharded (a DTensor), which this version does not penalise: train it with DDP")
+
+
+def _check_adapters(model: nn.Module) -> None:
+    if "peft" in sys.modules:  # else there are none
+        from ewc_fast.integrations.peft import check_adapters
+
+        check_adapters(model)
+
+
+def _check_dataset(trainer: Trainer, ewc: EWCLoss, arguments: Mapping[str, Any]) -> None:
+    """Raises where the dataset could not be consolidated, by doing it with one sample and one parameter."""
+    rest = {k: v for k, v in arguments.items() if k not in ("batch_size", "num_samples", "generator", "progress")}
+    dataset, collator, loss = rest.pop("dataset"), rest.pop("collator"), rest.pop("loss", None)
+    device = next(trainer.model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _own_precision(trainer.model):
+        batches = _batches(ewc.model, dataset, collator, 1, 1)
+        params = list(ewc._selected.values())[-1:]
+        try:
+            estimate_fisher(ewc.model, batches, loss=loss or _loss_of(ewc.model), **{**rest, "params": params})
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"consolidate: the dataset's first sample cannot be used: {error}") from error

@@ -1,0 +1,180 @@
+"""EWC on real PEFT adapters: which parameters, under which names, and what must not happen to them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ewc_fast import EWCLoss
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification  # noqa: E402
+
+from ewc_fast.integrations.peft import check_adapters, from_peft_names, to_peft_names  # noqa: E402
+from ewc_fast.integrations.transformers import consolidate  # noqa: E402
+
+LAMBDA, LR, TOKENS = 30.0, 0.1, 6
+BASE = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+
+
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **changes)
+
+
+def make_model(**adapters: LoraConfig) -> PeftModel:
+    """Adapters with numbers in both factors, as after training."""
+    names = list(adapters) or ["default"]
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**BASE)), adapters.get(names[0]) or lora(), names[0])
+    for name in names[1:]:
+        model.add_adapter(name, adapters[name])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.add_(torch.randn_like(p), alpha=0.1)
+    return model
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def end_task(ewc: EWCLoss, model: nn.Module) -> None:
+    ewc.consolidate(
+        fisher={n: 0.1 * torch.rand(p.shape) for n, p in trained(model).items()},
+        anchor={n: p.detach() + 0.05 * torch.randn(p.shape) for n, p in trained(model).items()},
+    )
+
+
+def task_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def steps(model: nn.Module, data: Tensor, ewc: EWCLoss | None, by_hand: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Three steps with the penalty attached, or with its formula on ``by_hand`` (Fisher, anchor)."""
+    optimizer = torch.optim.SGD(trained(model).values(), lr=LR)
+    handle = None if ewc is None else ewc.attach(optimizer)
+    for ids in data.split(2):
+        optimizer.zero_grad()
+        task_loss(model, ids).backward()
+        for n, p in trained(model).items():
+            if n in by_hand:
+                fisher, anchor = by_hand[n]
+                p.grad += LAMBDA * fisher * (p.detach() - anchor)
+        optimizer.step()
+    if handle is not None:
+        handle.remove()
+
+
+def assert_same(model: nn.Module, other: nn.Module) -> None:
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_adapters_switched_merged_and_unmerged() -> None:
+    model = make_model(one=lora(), other=lora())
+    model.set_adapter("one")
+    ewc = EWCLoss(model, LAMBDA)
+    end_task(ewc, model)
+    assert set(ewc.fisher) == set(trained(model)) and all(".one." in name for name in ewc.fisher)
+    model.set_adapter("other")
+    end_task(ewc, model)  # the first adapter is frozen now, and what is known of it stays
+    assert {name.split(".")[-2] for name in ewc.fisher} == {"one", "other"} and len(ewc.fisher) == 8
+    plain = copy.deepcopy(model)
+    kept = {n: (ewc.fisher[n].clone(), ewc.anchor[n].clone()) for n in ewc.fisher}
+    for active in ("other", "one", "other"):
+        for m in (model, plain):
+            m.set_adapter(active)
+        data = torch.randint(40, (6, TOKENS))
+        model.merge_adapter()
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            model(input_ids=data)
+        steps(model, data, ewc, {})
+        steps(plain, data, None, kept)
+        assert_same(model, plain)
+        assert set(ewc.penalty_by_parameter()) == set(trained(model))
+
+
+def test_an_adapter_added_later_is_free_until_it_is_consolidated() -> None:
+    model = make_model()
+    ewc = EWCLoss(model, LAMBDA)
+    end_task(ewc, model)
+    model.add_adapter("late", lora())
+    model.set_adapter("late")
+    plain, data = copy.deepcopy(model), torch.randint(40, (6, TOKENS))
+    with pytest.warns(UserWarning, match="no protected parameter requires grad any more"):
+        steps(model, data, ewc, {})
+    steps(plain, data, None, {})
+    assert_same(model, plain)
+    consolidate(ewc, [{"input_ids": ids} for ids in data], kind="empirical")
+    assert {name.split(".")[-2] for name in ewc.fisher} == {"default", "late"}
+    assert ewc.info is not None and ewc.info["loss"] == "causal_lm"  # the model inside is what counts
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Could not find a config file in:UserWarning"
+)  # peft 0.18, of a model without a name
+def test_checkpoint_names(tmp_path: Path) -> None:
+    config = lora(task_type="SEQ_CLS")  # whose classification layer is saved whole
+    base = LlamaForSequenceClassification(LlamaConfig(**BASE, num_labels=3, pad_token_id=0))
+    model = get_peft_model(base, config, "x")
+    model.add_adapter("xy", config)  # a name that another begins with
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    model.save_pretrained(tmp_path)
+    ewc = EWCLoss(model, LAMBDA)
+    for adapter in ("x", "xy"):
+        model.set_adapter(adapter)
+        end_task(ewc, model)
+        saved = load_file(tmp_path / adapter / "adapter_model.safetensors")
+        saved = {n: t for n, t in saved.items() if ".xy." not in n}  # which peft 0.18 has saved with x
+        own = {n: p.detach() for n, p in model.named_parameters() if f".{adapter}." in n}
+        assert not {n for n in own if n in saved}
+        assert to_peft_names(model, own, adapter).keys() == saved.keys()
+        for name, t in to_peft_names(model, own, adapter).items():
+            assert torch.equal(t, saved[name])
+        back = from_peft_names(model, saved, adapter)
+        assert back.keys() == own.keys() and all(torch.equal(back[n], own[n]) for n in own)
+        fisher = to_peft_names(model, ewc.fisher, adapter)
+        assert fisher.keys() == saved.keys()
+        again = EWCLoss(model, LAMBDA)
+        again.consolidate(fisher=from_peft_names(model, fisher, adapter), anchor=back)
+        assert all(torch.equal(again.anchor[n], own[n]) and torch.equal(again.fisher[n], ewc.fisher[n]) for n in own)
+    assert len(ewc.fisher) == 10  # the two do not share an entry
+    wrapped = nn.DataParallel(model)
+    assert to_peft_names(wrapped, EWCLoss(wrapped).anchor or own, "xy").keys() == saved.keys()
+
+
+def test_names_that_do_not_fit() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="there is no 'other', only default"):
+        to_peft_names(model, {}, "other")
+    with pytest.raises(ValueError, match="tensors have no entry of adapter 'default'"):
+        to_peft_names(model, {"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="adapter 'default' has no x; its names look like"):
+        from_peft_names(model, {"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="model must be a PeftModel, got LlamaForCausalLM"):
+        from_peft_names(model.get_base_model(), {})
+
+
+def test_merged_and_disabled_adapters_are_refused() -> None:
+    model = make_model()
+    ewc = EWCLoss(model, LAMBDA)
+    check_adapters(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"q_proj has merged adapters \(default\), .*: call model.unmerge_adapter"):
+        consolidate(ewc, [{"input_ids": torch.arange(5)}])
+    model.unmerge_adapter()
+    with model.disable_adapter(), pytest.raises(ValueError, match="q_proj has its adapters disabled"):
+        check_adapters(model)
+    check_adapters(nn.DataParallel(model))

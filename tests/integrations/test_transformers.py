@@ -1,0 +1,546 @@
+"""EWC in the real Trainer: its final weights are those of a loop in plain PyTorch that is written here."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ewc_fast import EWCSGD, EWCAdamW, EWCBudget, EWCLoss, ForgettingProbe
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from ewc_fast.integrations.transformers import EWCCallback, consolidate  # noqa: E402
+
+LAMBDA, LR, STEPS, TOKENS = 30.0, 0.05, 4, 6
+
+
+def make_model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_ewc(model: nn.Module, **arguments: Any) -> EWCLoss:
+    """A penalty that pulls from the first step on: the anchor lies off the weights."""
+    ewc = EWCLoss(model, LAMBDA, **arguments)
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    ewc.consolidate(
+        fisher={n: 0.1 * torch.rand(p.shape) for n, p in params.items()},
+        anchor={n: p.detach() + 0.05 * torch.randn(p.shape) for n, p in params.items()},
+    )
+    return ewc
+
+
+def make_data(size: int = 32) -> list[dict[str, Tensor]]:
+    """The first label counts in no version of transformers, as it has no prediction."""
+    rows = torch.randint(40, (size, TOKENS))
+    return [{"input_ids": ids, "labels": torch.cat([torch.tensor([-100]), ids[1:]])} for ids in rows]
+
+
+class Recorder:
+    """A collator that keeps what the Trainer has trained on, in its order."""
+
+    def __init__(self) -> None:
+        self.samples: list[Tensor] = []
+
+    def __call__(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        batch = {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
+        self.samples += list(batch["input_ids"])
+        return batch
+
+
+def make_args(folder: Path, **changes: Any) -> TrainingArguments:
+    arguments: dict[str, Any] = dict(
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+    )
+    return TrainingArguments(**{**arguments, **changes})
+
+
+def plain_loop(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    samples: Iterable[Tensor],
+    ewc: EWCLoss,
+    *,
+    clip: str = "sum",
+    max_norm: float | None = None,
+    weight: float = LAMBDA,
+    autocast: bool = False,
+) -> list[float]:
+    """Full batches of 4, the penalty's gradient by its formula; returns the penalty at each step."""
+    fisher = {n: f.clone() for n, f in ewc.fisher.items()}
+    anchor = {n: a.clone() for n, a in ewc.anchor.items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    penalties = []
+    model.train()
+    for batch in torch.stack(list(samples)[: 4 * STEPS]).split(4):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(input_ids=batch).logits.float()
+        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+        if clip == "task" and max_norm is not None:
+            nn.utils.clip_grad_norm_(trained, max_norm)
+        penalty = 0.0
+        for n, p in model.named_parameters():
+            if n in fisher:
+                difference = p.detach() - anchor[n]
+                p.grad += weight * fisher[n] * difference
+                penalty += weight / 2 * (fisher[n] * difference**2).sum().item()
+        penalties.append(penalty)
+        if clip == "sum" and max_norm is not None:
+            nn.utils.clip_grad_norm_(trained, max_norm)
+        optimizer.step()
+    return penalties
+
+
+def assert_same_weights(model: nn.Module, other: nn.Module, atol: float = 1e-6) -> None:
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The Trainer's two groups: it decays no norms and biases."""
+    named = list(model.named_parameters())
+    free = [p for n, p in named if "norm" in n]
+    return [
+        {"params": [p for n, p in named if "norm" not in n], "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+
+
+# ---- the step ----
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("clip", ["sum", "task"])
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_equals_a_loop_in_plain_pytorch(tmp_path: Path, accumulation: int, clip: str, optim: str) -> None:
+    model = make_model()
+    plain, ewc, recorder = copy.deepcopy(model), make_ewc(model), Recorder()
+    lr = LR if optim == "sgd" else 1e-3
+    args = make_args(
+        tmp_path,
+        per_device_train_batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=1.0,
+        optim=optim,
+        learning_rate=lr,
+        weight_decay=0.01,
+    )
+    trainer = Trainer(
+        model, args, train_dataset=make_data(), data_collator=recorder, callbacks=[EWCCallback(ewc, clip=clip)]
+    )
+    trainer.train()
+    kind = torch.optim.SGD if optim == "sgd" else torch.optim.AdamW
+    penalties = plain_loop(plain, kind(decayed(plain, 0.01), lr=lr), recorder.samples, ewc, clip=clip, max_norm=1.0)
+    # Adam's first steps divide by gradients as small as roundings.
+    assert_same_weights(model, plain, atol=1e-6 if optim == "sgd" else 2e-5)
+    logged = [entry["ewc/penalty"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(penalties, rel=1e-3)
+    assert not ewc._is_attached()
+
+
+@pytest.mark.parametrize("clip", ["sum", "task"])
+def test_ewc_adamw_through_optimizer_cls_and_kwargs(tmp_path: Path, clip: str) -> None:
+    model = make_model()
+    plain, ewc, recorder = copy.deepcopy(model), make_ewc(model), Recorder()
+    trainer = Trainer(
+        model,
+        make_args(tmp_path, max_grad_norm=0.5, gradient_accumulation_steps=2, per_device_train_batch_size=2),
+        train_dataset=make_data(),
+        data_collator=recorder,
+        callbacks=[EWCCallback(ewc, clip=clip)],
+        optimizer_cls_and_kwargs=(EWCAdamW, {"ewc": ewc, "lr": 1e-3, "eps": 1e-3, "coupling": "coupled"}),
+    )
+    trainer.train()
+    optimizer = torch.optim.AdamW(decayed(plain, 0.0), lr=1e-3, eps=1e-3)
+    penalties = plain_loop(plain, optimizer, recorder.samples, ewc, clip=clip, max_norm=0.5)
+    assert_same_weights(model, plain)
+    assert [e["ewc/penalty"] for e in trainer.state.log_history if "loss" in e] == pytest.approx(penalties, rel=1e-3)
+
+
+@pytest.mark.parametrize("which", ["attached by the callback", "attached before", "in the optimizer"])
+def test_proximal(tmp_path: Path, which: str) -> None:
+    model = make_model()
+    plain, ewc, recorder = copy.deepcopy(model), make_ewc(model), Recorder()
+    callback, optimizer = EWCCallback(ewc), torch.optim.SGD(model.parameters(), lr=LR)
+    if which == "attached by the callback":
+        callback = EWCCallback(ewc, coupling="proximal")
+    elif which == "attached before":
+        ewc.attach(optimizer, coupling="proximal")
+    else:
+        optimizer = EWCSGD(model.parameters(), lr=LR, ewc=ewc, coupling="proximal")
+    args = make_args(tmp_path, max_grad_norm=1.0)
+    data = dict(train_dataset=make_data(), data_collator=recorder)
+    Trainer(model, args, callbacks=[callback], optimizers=(optimizer, None), **data).train()
+    assert ewc.is_attached(optimizer) == (which != "attached by the callback")  # what others attached, stays
+    reference = torch.optim.SGD(plain.parameters(), lr=LR)
+    for batch in torch.stack(recorder.samples[: 4 * STEPS]).split(4):
+        reference.zero_grad()
+        logits = plain(input_ids=batch).logits
+        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        reference.step()
+        with torch.no_grad():
+            for n, p in plain.named_parameters():
+                c = LR * LAMBDA * ewc.fisher[n]
+                p.copy_((p + c * ewc.anchor[n]) / (1 + c))
+    assert_same_weights(model, plain)
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    model = make_model()
+    plain, ewc, recorder = copy.deepcopy(model), make_ewc(model), Recorder()
+    probe = ForgettingProbe(model, torch.randint(40, (4, TOKENS)))
+    args = make_args(tmp_path, bf16=True, max_grad_norm=1.0)
+    callback = EWCCallback(ewc, probe=probe)
+    trainer = Trainer(model, args, train_dataset=make_data(), data_collator=recorder, callbacks=[callback])
+    trainer.train()
+    plain_loop(plain, torch.optim.SGD(plain.parameters(), lr=LR), recorder.samples, ewc, max_norm=1.0, autocast=True)
+    assert_same_weights(model, plain, atol=1e-4)  # a step is 1e-3 and more; bf16 rounds the activations
+    measured = trainer.state.log_history[-2]["ewc/measured_forgetting"]
+    probe.model = copy.deepcopy(plain)
+    probe.model.load_state_dict(model.state_dict())
+    assert measured == probe().item()  # in the precision in which the probe was made
+
+
+# ---- what is logged ----
+
+
+class Reporter(TrainerCallback):
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.seen.append(dict(logs or {}))
+
+
+def test_logs_reach_the_history_and_the_reporters(tmp_path: Path) -> None:
+    model = make_model()
+    ewc, reporter = make_ewc(model), Reporter()
+    asked = []
+    callback = EWCCallback(ewc, probe=lambda: asked.append(len(asked)) or float(len(asked)), probe_every=2)  # type: ignore[func-returns-value]
+    trainer = Trainer(model, make_args(tmp_path), train_dataset=make_data(), callbacks=[reporter, callback])
+    trainer.train()
+    entries = [e for e in trainer.state.log_history if "loss" in e]
+    assert len(entries) == STEPS
+    for seen, entry in zip(reporter.seen, entries, strict=False):
+        assert {k: v for k, v in entry.items() if k != "step"} == seen
+        assert entry["ewc/penalty"] == pytest.approx(LAMBDA * entry["ewc/predicted_forgetting"], rel=1e-5)
+        assert all(isinstance(v, float) for k, v in seen.items() if k.startswith("ewc/"))
+    assert [e["ewc/measured_forgetting"] for e in entries] == [1.0, 1.0, 2.0, 2.0]
+    json.dumps(trainer.state.log_history)
+
+
+def test_a_budget_sets_lambda(tmp_path: Path) -> None:
+    model = make_model()
+    ewc = make_ewc(model)
+    budget = EWCBudget(ewc, 1e-6, every=1)
+    trainer = Trainer(
+        model, make_args(tmp_path), train_dataset=make_data(), callbacks=[EWCCallback(ewc, budget=budget)]
+    )
+    trainer.train()
+    assert len(budget.measurements) == STEPS
+    logged = [e["ewc/lambda"] for e in trainer.state.log_history if "loss" in e]
+    assert logged == [m.ewc_lambda for m in budget.measurements]
+
+
+# ---- checkpoints ----
+
+
+@pytest.mark.parametrize("with_budget", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, with_budget: bool) -> None:
+    torch.manual_seed(0)
+    start, data = make_model(), make_data()
+    fisher = {n: torch.rand(p.shape) for n, p in start.named_parameters()}
+
+    def prepare(folder: str, steps: int) -> tuple[Trainer, EWCLoss]:
+        model = copy.deepcopy(start)
+        ewc = EWCLoss(model, LAMBDA)
+        ewc.consolidate(fisher=fisher)
+        budget = EWCBudget(ewc, 1e-4, every=2) if with_budget else None
+        args = make_args(tmp_path / folder, save_strategy="steps", save_steps=2, optim="adamw_torch", max_steps=steps)
+        return Trainer(model, args, train_dataset=data, callbacks=[EWCCallback(ewc, budget=budget)]), ewc
+
+    whole, _ = prepare("whole", 6)
+    whole.train()
+    first, _ = prepare("parts", 2)
+    first.train()
+    resumed, ewc = prepare("parts", 6)
+    ewc.consolidate(fisher=fisher)  # another state than the file's, which counts
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(resumed.model, whole.model, atol=0)
+    assert ewc.num_tasks == 1
+    for n, p in start.named_parameters():
+        assert torch.equal(ewc.anchor[n], p)
+    histories = [[e for e in t.state.log_history if "loss" in e] for t in (resumed, whole)]
+    keys = ["ewc/penalty", "loss"]
+    assert [[e[k] for k in keys] for e in histories[0]] == [[e[k] for k in keys] for e in histories[1]]
+
+
+def test_rotation_and_the_best_model(tmp_path: Path) -> None:
+    model = make_model()
+    ewc = make_ewc(model)
+    anchor = {n: a.clone() for n, a in ewc.anchor.items()}
+    args = make_args(
+        tmp_path,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        learning_rate=5.0,  # the best is an early one
+    )
+    data = make_data()
+    trainer = Trainer(model, args, train_dataset=data, eval_dataset=data[:4], callbacks=[EWCCallback(ewc)])
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == [best.name]
+    loaded = EWCLoss(make_model())
+    loaded.load(best / "ewc.safetensors")
+    for n, a in anchor.items():
+        assert torch.equal(ewc.anchor[n], a) and torch.equal(loaded.anchor[n], a)
+    assert not any("ewc/" in key for e in trainer.state.log_history if "eval_loss" in e for key in e)
+
+
+# ---- the end of a task ----
+
+
+def test_consolidates_at_the_end(tmp_path: Path) -> None:
+    model, data = make_model(), make_data(20)
+    ewc = EWCLoss(model, LAMBDA)
+    arguments: dict[str, Any] = dict(kind="empirical", num_samples=10, batch_size=4)
+    callback = EWCCallback(ewc, consolidate=arguments)
+    Trainer(model, make_args(tmp_path), train_dataset=data, callbacks=[callback]).train()
+    wanted: dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for sample in data[::2]:  # per sequence, evenly spaced over the dataset
+        ids = sample["input_ids"][None]
+        loss = nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum")
+        for n, g in zip(wanted, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+            wanted[n] += g**2 / (10 * (TOKENS - 1))
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(ewc.fisher[n], wanted[n], rtol=1e-4, atol=1e-8)
+        assert torch.equal(ewc.anchor[n], p)
+    assert ewc.info is not None and ewc.info["loss"] == "causal_lm" and ewc.info["num_samples"] == 10
+
+
+def make_classifier() -> BertForSequenceClassification:
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_labels=3
+    )
+    return BertForSequenceClassification(config)
+
+
+def test_a_classifier_and_a_dataset_with_other_columns(tmp_path: Path) -> None:
+    model = make_classifier()
+    rows = torch.randint(40, (8, TOKENS))
+    data = [{"input_ids": ids, "label": i % 3, "text": "not the model's", "idx": i} for i, ids in enumerate(rows)]
+    ewc = EWCLoss(model, LAMBDA)
+    consolidate(ewc, data, kind="exact")
+    assert ewc.info is not None and ewc.info["loss"] == "cross_entropy" and ewc.info["num_samples"] == 8
+    consolidate(ewc, iter(data), num_samples=3, kind="empirical")
+    assert ewc.info["num_samples"] == 3
+    args = make_args(tmp_path, remove_unused_columns=True, max_steps=2)
+    unlabelled = [{"input_ids": ids} for ids in rows]
+    bad = EWCCallback(ewc, consolidate=dict(dataset=unlabelled, kind="empirical"))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="consolidate: the dataset's first sample cannot be used: .*needs labels"):
+        Trainer(model, args, train_dataset=data, callbacks=[bad]).train()
+    with pytest.raises(ValueError, match="consolidate: the dataset's first sample cannot be used: .*empty"):
+        Trainer(model, args, train_dataset=data, callbacks=[EWCCallback(ewc, consolidate=dict(dataset=[]))]).train()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[EWCCallback(ewc)])
+    trainer.accelerator.clip_grad_norm_ = lambda *args: torch.zeros(())
+    with pytest.raises(ValueError, match="something else has replaced accelerator.clip_grad_norm_; take clip='task'"):
+        trainer.train()
+
+
+def test_the_penalty_is_made_from_the_trainers_model(tmp_path: Path) -> None:
+    model = make_model()
+    callback = EWCCallback(lambda m: make_ewc(m))
+    with pytest.raises(RuntimeError, match="made when the Trainer is built"):
+        _ = callback.ewc
+    trainer = Trainer(model, make_args(tmp_path), train_dataset=make_data(), callbacks=[callback])
+    assert callback.ewc.model is model
+    trainer.train()
+    assert trainer.state.log_history[0]["ewc/penalty"] > 0
+
+
+# ---- errors, before anything is written ----
+
+
+def test_bad_arguments() -> None:
+    ewc = make_ewc(make_model())
+    for arguments, error, message in (
+        (dict(ewc=3), TypeError, "ewc must be an EWCLoss, or a function"),
+        (dict(coupling="copled"), ValueError, "coupling must be one of"),
+        (dict(clip="both"), ValueError, "clip must be one of sum, task"),
+        (dict(probe=3), TypeError, "probe must be callable"),
+        (dict(probe_every=0), ValueError, "every must be a positive integer"),
+        (dict(budget=EWCBudget(make_ewc(make_model()), 0.1)), ValueError, "its EWCLoss is another one"),
+        (dict(budget=EWCBudget(ewc, 0.1, lambda: 0.0), probe=lambda: 0.0), ValueError, "has a probe of its own"),
+        (dict(consolidate=make_data()), TypeError, "consolidate must be a dict of arguments"),
+    ):
+        with pytest.raises(error, match=message):
+            EWCCallback(**{"ewc": ewc, **arguments})  # type: ignore[arg-type]
+
+
+def train(model: nn.Module, callback: EWCCallback, folder: Path, **changes: Any) -> None:
+    resume = changes.pop("resume", None)
+    optimizers = changes.pop("optimizers", (None, None))
+    args = make_args(folder, **changes)
+    trainer = Trainer(model, args, train_dataset=make_data(), callbacks=[callback], optimizers=optimizers)
+    trainer.train(resume_from_checkpoint=resume)
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP", "MEGATRON_LM"])
+def test_strategies_that_show_no_gradients(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    names = {"DEEPSPEED": "DeepSpeed updates the weights", "FSDP": "FSDP cuts", "MEGATRON_LM": "MEGATRON_LM: this"}
+    model = make_model()
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
+    with pytest.raises(ValueError, match=names[kind]):
+        Trainer(model, make_args(tmp_path), train_dataset=make_data(), callbacks=[EWCCallback(make_ewc(model))])
+
+
+def test_what_cannot_be_penalised(tmp_path: Path) -> None:
+    model = make_model()
+    ewc = make_ewc(model)
+    other = make_model()
+    with pytest.raises(ValueError, match="is the model's: build it from the parameters of the model"):
+        train(other, EWCCallback(ewc), tmp_path)
+    optimizer = EWCAdamW(model.parameters(), ewc=ewc, coupling="proximal")
+    with pytest.raises(ValueError, match="coupling='coupled', but the optimizer has this penalty with 'proximal'"):
+        train(model, EWCCallback(ewc, coupling="coupled"), tmp_path, optimizers=(optimizer, None))
+    part = EWCLoss(model, LAMBDA, params=["lm_head.*"])
+    part.consolidate(fisher={"lm_head.weight": torch.ones_like(model.lm_head.weight)})
+    elsewhere = torch.optim.SGD(model.model.parameters(), lr=0.1)
+    with (
+        pytest.warns(UserWarning, match="none of the parameters that EWC protects"),
+        pytest.raises(ValueError, match=r"none of the protected parameters \(such as lm_head.weight\)"),
+    ):
+        train(model, EWCCallback(part), tmp_path, optimizers=(elsewhere, None))
+    with pytest.warns(UserWarning, match="no task is consolidated yet"):
+        train(other, EWCCallback(EWCLoss(other)), tmp_path, max_steps=1)
+    with torch.device("meta"):
+        empty = make_model()
+    callback = EWCCallback(EWCLoss(empty))
+    trainer = Trainer(make_model(), make_args(tmp_path), train_dataset=make_data(), callbacks=[callback])
+    with pytest.raises(ValueError, match="model.embed_tokens.weight is on the meta device"):
+        trainer.train()
+    with pytest.raises(RuntimeError, match="was called by no Trainer"):
+        callback.on_train_begin(None, None, None)
+
+
+def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
+    model = make_model()
+    without = tmp_path / "checkpoint-1"
+    Trainer(
+        model, make_args(tmp_path, max_steps=1, save_strategy="steps", save_steps=1), train_dataset=make_data()
+    ).train()
+    ewc = make_ewc(model)
+    anchor = {n: a.clone() for n, a in ewc.anchor.items()}
+    with pytest.raises(ValueError, match="no ewc.safetensors in .*checkpoint-1, which was saved without EWCCallback"):
+        train(model, EWCCallback(ewc), tmp_path, resume=str(without))
+    foreign = make_classifier()
+    make_ewc(foreign).save(without / "ewc.safetensors")
+    with pytest.raises(ValueError, match="checkpoint-1 does not fit this EWCLoss: .*bert"):
+        train(model, EWCCallback(ewc), tmp_path, resume=str(without))
+    assert all(torch.equal(ewc.anchor[n], a) for n, a in anchor.items())
+    assert not ewc._is_attached()
+
+
+def test_a_wrapped_model_and_a_second_training(tmp_path: Path) -> None:
+    # The penalty of a model that is wrapped twice acts on the model inside, once.
+    model = make_model()
+    plain, recorder = copy.deepcopy(model), Recorder()
+    ewc = EWCLoss(nn.DataParallel(nn.DataParallel(model)), LAMBDA)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    ewc.consolidate(
+        fisher={n: 0.1 * torch.rand_like(p) for n, p in params.items()},
+        anchor={n: p + 0.05 * torch.randn_like(p) for n, p in params.items()},
+    )
+    trainer = Trainer(
+        model,
+        make_args(tmp_path, max_grad_norm=1.0),
+        train_dataset=make_data(),
+        data_collator=recorder,
+        callbacks=[EWCCallback(ewc)],
+    )
+    optimizer = torch.optim.SGD(plain.parameters(), lr=LR)
+    for _ in range(2):
+        recorder.samples.clear()
+        trainer.train()
+        plain_loop(plain, optimizer, recorder.samples, ewc, max_norm=1.0)
+        assert_same_weights(model, plain)
+    assert "clip_grad_norm_" not in vars(trainer.accelerator)
+
+
+def test_training_that_breaks_off_leaves_nothing_doubled(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        on = True
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.on:
+                raise KeyboardInterrupt
+
+    model = make_model()
+    ewc, recorder, stop = make_ewc(model), Recorder(), Stop()
+    trainer = Trainer(
+        model,
+        make_args(tmp_path),
+        train_dataset=make_data(),
+        data_collator=recorder,
+        callbacks=[EWCCallback(ewc), stop],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    stop.on = False
+    recorder.samples.clear()
+    plain = copy.deepcopy(model)
+    trainer.train()
+    plain_loop(plain, torch.optim.SGD(plain.parameters(), lr=LR), recorder.samples, ewc)
+    assert_same_weights(model, plain)
+
+
+def test_imported_lazily_and_a_missing_package_is_named() -> None:
+    command = (
+        "import sys, ewc_fast; assert not {'transformers', 'accelerate', 'peft', 'trl'} & set(sys.modules); "
+        "sys.modules['transformers'] = None; import ewc_fast.integrations.transformers"
+    )
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert "EWCCallback needs transformers" in done.stderr and "pip install 'ewc-fast[hf]'" in done.stderr
