@@ -365,7 +365,7 @@ def run(setup: Setup, arm: Arm, before: dict[str, Any]) -> dict[str, Any]:
     def watch() -> dict[str, float]:
         if ewc is None or probe is None:
             return {}
-        return {"predicted": float(ewc.predicted_forgetting), "probe": float(probe())}
+        return {"predicted": predicted(ewc), "probe": float(probe())}
 
     items = data.new[:, None]
     if arm.method == "rehearsal":
@@ -409,12 +409,19 @@ def run(setup: Setup, arm: Arm, before: dict[str, Any]) -> dict[str, Any]:
         "arm": asdict(arm),
         **compared(measure(model, data, setup.batch), before),
         "distance": distance**0.5,
-        "predicted": None if ewc is None or arm.method == "l2sp" else float(ewc.predicted_forgetting),
+        "predicted": None if ewc is None or arm.method == "l2sp" else predicted(ewc),
         "curve": look.curve,
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "seconds_per_step": statistics.median(look.times),
         "peak_mib": peak,
     }
+
+
+@torch.no_grad()
+def predicted(ewc: EWCLoss) -> float:
+    """Forgetting as the Fisher predicts it, nats per token, at the present weights: the last step's pass was before."""
+    ewc()
+    return float(ewc.predicted_forgetting)
 
 
 def _collate(items: list[Tensor]) -> dict[str, Tensor]:
