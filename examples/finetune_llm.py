@@ -1,0 +1,610 @@
+"""A pre-trained language model learns new text: what does it forget, with EWC and with everything else?
+
+    python examples/finetune_llm.py --texts texts
+
+SmolLM2-135M-Instruct learns German from the Debian handbook, in transformers' Trainer. Before and after, on held-out
+text, in nats per token: German; English that it never trains on, Debian's fortunes and the handbook in English; and the
+capitals of 161 countries, the first token of the answer. llm_data.py says where all that comes from and has the
+commands that bring it. Any other causal language model and text:
+
+    python examples/finetune_llm.py --model FOLDER --new new.txt --old old.txt
+
+Methods, each over its own grid of learning rate, warm-up and weight: plain fine-tuning, LoRA, L2-SP (a penalty on the
+distance), EWC with and without damping, and rehearsal, where half of each batch is text that the model wrote itself
+before. Then, around the best EWC: the proximal coupling; the Fisher of self-written text, which needs no old data; and
+labels drawn from the model. Then two more seeds of the best arm of each method, and the best plain and EWC runs once
+more, watched along the way. *Best* is the lowest sum of new and old text's nats per token.
+
+Each arm is written to results.json when it is done; interrupted, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import functools
+import json
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import llm_data
+import torch
+import torch.nn.functional as F
+from llm_data import Data
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from ewc_fast import EWCLoss, ForgettingProbe, estimate_fisher, sample_sequences
+from ewc_fast.fisher.importances import uniform_importance
+from ewc_fast.integrations.transformers import EWCCallback
+from ewc_fast.machine import describe_machine
+
+RESULTS = Path(__file__).parent / "results" / "finetune_llm"
+LORA_RANK = 16
+TITLES = {
+    "plain": "plain fine-tuning",
+    "lora": f"LoRA, rank {LORA_RANK}",
+    "l2sp": "L2-SP",
+    "ewc": "EWC",
+    "ewc_damped": "EWC, damping 0.1",
+    "rehearsal": "rehearsal on self-written text",
+    "proximal": "EWC, damping 0.1, proximal",
+    "own": "EWC, damping 0.1, Fisher of self-written text",
+    "sampled": "EWC, damping 0.1, sampled labels",
+}
+TESTS = {"new": "new text", "old": "old text", "same": "new text's subject in the old language"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all arms share.
+
+    Attributes:
+        texts: Folder of the packages' texts; None for ``new`` and ``old``.
+        language: Of the handbook.
+        model: Folder or name of a causal language model; empty for SmolLM2, ``"tiny"`` for random weights on bytes.
+        new, old: Plain text files.
+        work: Folder for what is computed once.
+        steps, batch, length: Optimizer steps, sequences in each, and tokens in each of those.
+        fisher_sequences: For the Fisher, of old or self-written text.
+        test_sequences: At most so many of each test.
+    """
+
+    texts: Path | None
+    language: str
+    model: str
+    new: Path | None
+    old: Path | None
+    work: Path
+    steps: int = 100
+    batch: int = 4
+    length: int = 128
+    fisher_sequences: int = 256
+    test_sequences: int = 64
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Steps after which a run is looked at."""
+        return tuple(sorted({max(1, round(self.steps * share)) for share in (0.05, 0.15, 0.33, 0.66)}))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run.
+
+    Attributes:
+        method: A key of ``TITLES``.
+        lr: AdamW's highest learning rate; it rises over ``warm_up`` steps and falls to 0.
+        warm_up: A share of the steps.
+        ewc_lambda: Weight of the penalty, per token.
+        seed: Of the order of the data.
+        watched: With the probe and the prediction at every look.
+    """
+
+    method: str
+    lr: float
+    warm_up: float = 0.33
+    ewc_lambda: float = 0.0
+    seed: int = 0
+    watched: bool = False
+
+
+# ---- the arms ----
+
+
+def first_stage() -> list[Arm]:
+    """Each method over its own grid, the methods in turn."""
+    plain = [Arm("plain", lr, warm_up) for lr in (2e-4, 4e-4, 1e-4) for warm_up in (0.33, 0.1)]
+    lora = [Arm("lora", lr, warm_up) for lr in (1e-3, 3e-3, 5e-4) for warm_up in (0.33, 0.1)]
+    rates = (4e-4, 2e-4, 8e-4)
+    damped = [Arm("ewc_damped", lr, ewc_lambda=weight) for lr in rates for weight in (30.0, 10.0, 100.0)]
+    ewc = [replace(arm, method="ewc") for arm in damped]
+    l2sp = [Arm("l2sp", lr, ewc_lambda=weight) for lr in rates for weight in (3e-3, 1e-3, 1e-2)]
+    rehearsal = [Arm("rehearsal", lr) for lr in rates]
+    grids = (plain, damped, l2sp, lora, ewc, rehearsal)
+    return [grid[i] for i in range(max(map(len, grids))) for grid in grids if i < len(grid)]
+
+
+def second_stage(rows: Rows) -> list[Arm]:
+    """Around the best damped EWC."""
+    best = best_of(rows, "ewc_damped")
+    return [
+        replace(best, method=method, ewc_lambda=best.ewc_lambda * factor)
+        for factor in (1.0, 1 / 3, 3.0)
+        for method in ("proximal", "own", "sampled")
+    ]
+
+
+def third_stage(rows: Rows) -> list[Arm]:
+    """The best of each method: two more seeds, and two of them watched."""
+    best = [best_of(rows, method) for method in TITLES]
+    watched = [replace(best_of(rows, method), watched=True) for method in ("plain", "ewc_damped")]
+    return watched + [replace(arm, seed=seed) for seed in (1, 2) for arm in best]
+
+
+Rows = list[dict[str, Any]]
+
+
+def arm_of(row: dict[str, Any]) -> Arm:
+    """The arm that a result is of."""
+    return Arm(**row["arm"])
+
+
+def best_of(rows: Rows, method: str) -> Arm:
+    """The arm of the first seed that ends with the lowest sum of new and old text's loss."""
+    mine = [r for r in rows if r["arm"]["method"] == method and not r["arm"]["seed"] and not r["arm"]["watched"]]
+    return arm_of(min(mine, key=total))
+
+
+def total(row: dict[str, Any]) -> float:
+    """Nats per token of new and old text together."""
+    return row["tests"]["new"]["mean"] + row["tests"]["old"]["mean"]
+
+
+# ---- model, texts, and what is computed once ----
+
+
+def load_model(setup: Setup) -> nn.Module:
+    """The pre-trained model, in fp32."""
+    if setup.model == "tiny":
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+        )
+        return LlamaForCausalLM(config)
+    if setup.model:
+        return AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float32)
+    folder = setup.work / "model"
+    if not folder.exists():  # taking the 4-bit file apart needs half a minute
+        file = llm_data.smollm2_file()
+        quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+        del quantized.config.quantization_config
+        model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.float32)
+        model.load_state_dict(quantized.state_dict())
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with tempfile.TemporaryDirectory(dir=setup.work) as unfinished:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            os.rename(unfinished, folder)
+            os.mkdir(unfinished)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def load_data(setup: Setup) -> Data:
+    """Sequences to learn from and to measure on."""
+    encode: llm_data.Encode = lambda text: list(text.encode())  # noqa: E731
+    end, facts = 0, []
+    if setup.model != "tiny":
+        tokenizer = AutoTokenizer.from_pretrained(setup.model or setup.work / "model")
+        encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+        end = tokenizer.eos_token_id
+    cut = functools.partial(llm_data.blocks, encode=encode, end=end, length=setup.length)
+    if setup.texts is None:
+        assert setup.new is not None and setup.old is not None
+        parts = {name: cut(path.read_text().split("\n\n")) for name, path in (("new", setup.new), ("old", setup.old))}
+        (new, new_test), (old, old_test) = (p.tensor_split([len(p) * 3 // 4]) for p in parts.values())
+        tests = {"new": new_test, "old": old_test}
+    else:
+        new, tests_new = map(cut, llm_data.read_handbook(setup.texts, setup.language))
+        old, tests_old = map(cut, llm_data.read_fortunes(setup.texts))
+        same = cut(llm_data.read_handbook(setup.texts, llm_data.ENGLISH)[1])
+        tests = {"new": tests_new, "old": tests_old, "same": same}
+        facts = llm_data.capitals(tokenizer)
+    tests = {name: llm_data.shuffled(test, setup.test_sequences) for name, test in tests.items()}
+    return Data(llm_data.shuffled(new), llm_data.shuffled(old, setup.fisher_sequences), tests, facts)
+
+
+def own_text(setup: Setup, model: nn.Module) -> Tensor:
+    """Sequences that the model writes itself: for rehearsal and the Fisher, and as many again for the probe."""
+    path = setup.work / "own.pt"
+    if not path.exists():
+        count = setup.fisher_sequences + setup.test_sequences
+        _write(path, functools.partial(torch.save, sample_sequences(model, count, setup.length, _generator())))
+    return torch.load(path)
+
+
+def fisher(setup: Setup, model: nn.Module, data: Data, source: str) -> dict[str, Tensor]:
+    """Of ``source``: ``"old"`` text, ``"own"``, or old text with labels ``"sampled"`` from the model."""
+    path = setup.work / f"fisher_{source}.safetensors"
+    if not path.exists():
+        text = own_text(setup, model)[: setup.fisher_sequences] if source == "own" else data.old
+        kind = "sampled" if source == "sampled" else "empirical"
+        loader = [{"input_ids": part, "labels": part} for part in text.split(setup.batch)]
+        estimate = estimate_fisher(model, loader, kind=kind, loss="causal_lm", generator=_generator(), progress=True)
+        _write(path, functools.partial(save_file, dict(estimate)))
+    return load_file(path)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    unfinished = path.with_suffix(".part")
+    save(unfinished)
+    unfinished.rename(path)
+
+
+# ---- measuring ----
+
+
+@torch.no_grad()
+def losses(model: nn.Module, sequences: Tensor, batch: int) -> Tensor:
+    """Nats per token of each sequence, (N,)."""
+    training = model.training
+    model.eval()
+    found = []
+    for part in sequences.split(batch):
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1]
+        each = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+        found.append(each.view(len(part), -1).mean(1))
+    model.train(training)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def share_of_facts(model: nn.Module, facts: Sequence[tuple[Tensor, int]]) -> float | None:
+    """For how many the most likely next token is right."""
+    if not facts:
+        return None
+    model.eval()
+    right = [int(model(input_ids=prompt[None]).logits[0, -1].argmax()) == first for prompt, first in facts]
+    return sum(right) / len(right)
+
+
+def measure(model: nn.Module, data: Data, batch: int) -> dict[str, Any]:
+    """Every test's loss of each sequence, and the facts."""
+    return {
+        "losses": {name: losses(model, test, batch).tolist() for name, test in data.tests.items()},
+        "facts": share_of_facts(model, data.facts),
+    }
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error."""
+    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+
+
+def compared(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Means with standard errors over the sequences, and changes, whose errors are of the differences."""
+    tests = {}
+    for name, values in after["losses"].items():
+        mean, error = mean_and_error(values)
+        change, change_error = mean_and_error(
+            [now - then for now, then in zip(values, before["losses"][name], strict=True)]
+        )
+        tests[name] = {"mean": mean, "error": error, "change": change, "change_error": change_error}
+    return {"tests": tests, "facts": after["facts"]}
+
+
+# ---- a run ----
+
+
+class Look(TrainerCallback):
+    """Half of the tests' sequences, at some steps; watched, the prediction and the probe too; and the steps' times."""
+
+    def __init__(self, setup: Setup, data: Data, before: dict[str, Any], watch: Callable[[], dict[str, float]]) -> None:
+        self._setup, self._tests, self._before, self._watch = setup, data.tests, before["losses"], watch
+        self.curve: list[dict[str, float]] = []
+        self.times: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.times.append(time.perf_counter() - self._began)
+        if state.global_step not in self._setup.looks:
+            return
+        row: dict[str, float] = {"step": state.global_step}
+        for name in ("new", "old"):
+            half = len(self._tests[name]) // 2
+            now = losses(model, self._tests[name][:half], self._setup.batch)
+            row[name] = float(now.mean())
+            row[f"{name}_change"] = row[name] - statistics.fmean(self._before[name][:half])
+        self.curve.append(row | self._watch())
+
+
+def run(setup: Setup, arm: Arm, before: dict[str, Any]) -> dict[str, Any]:
+    """One arm."""
+    data = load_data(setup)
+    model = load_model(setup)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ewc = None
+    if arm.ewc_lambda or arm.watched:
+        ewc = EWCLoss(model, ewc_lambda=arm.ewc_lambda, damping=0.0 if arm.method in ("plain", "ewc", "l2sp") else 0.1)
+        if arm.method == "l2sp":
+            ewc.consolidate(fisher=uniform_importance(model))
+        else:
+            source = arm.method if arm.method in ("own", "sampled") else "old"
+            ewc.consolidate(fisher=fisher(setup, model, data, source))
+    probe = ForgettingProbe(model, own_text(setup, model)[setup.fisher_sequences :]) if arm.watched else None
+
+    def watch() -> dict[str, float]:
+        if ewc is None or probe is None:
+            return {}
+        return {"predicted": predicted(ewc), "probe": float(probe())}
+
+    items = data.new[:, None]
+    if arm.method == "rehearsal":
+        own = own_text(setup, model)[: setup.fisher_sequences]
+        items = torch.stack([data.new, own[torch.arange(len(data.new)) % len(own)]], 1)
+    trained: nn.Module = model
+    if arm.method == "lora":
+        import peft
+
+        trained = peft.get_peft_model(
+            model,
+            peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+    look = Look(setup, data, before, watch)
+    callbacks: list[TrainerCallback] = [look]
+    if ewc is not None:
+        callbacks.append(EWCCallback(ewc, coupling="proximal" if arm.method == "proximal" else "coupled"))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=setup.steps,
+            per_device_train_batch_size=setup.batch // items.shape[1],
+            learning_rate=arm.lr,
+            warmup_steps=round(arm.warm_up * setup.steps),
+            weight_decay=0.0,
+            seed=arm.seed,
+            logging_steps=max(1, setup.steps // 10),
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(trained, arguments, data_collator=_collate, train_dataset=list(items), callbacks=callbacks)
+        trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if arm.method == "lora":
+        model = trained.merge_and_unload()  # type: ignore[operator]
+    distance = sum(float((p.detach() - start[name]).double().square().sum()) for name, p in model.named_parameters())
+    return {
+        "arm": asdict(arm),
+        **compared(measure(model, data, setup.batch), before),
+        "distance": distance**0.5,
+        "predicted": None if ewc is None or arm.method == "l2sp" else predicted(ewc),
+        "curve": look.curve,
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "seconds_per_step": statistics.median(look.times),
+        "peak_mib": peak,
+    }
+
+
+@torch.no_grad()
+def predicted(ewc: EWCLoss) -> float:
+    """Forgetting as the Fisher predicts it, nats per token, at the present weights: the last step's pass was before."""
+    ewc()
+    return float(ewc.predicted_forgetting)
+
+
+def _collate(items: list[Tensor]) -> dict[str, Tensor]:
+    tokens = torch.cat(items)
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def measure_before(setup: Setup) -> dict[str, Any]:
+    """The pre-trained model."""
+    model = load_model(setup)
+    return measure(model, load_data(setup), setup.batch)
+
+
+# ---- the report ----
+
+
+def table(results: dict[str, Any]) -> str:
+    """The best arm of each method, Markdown; with several seeds their means."""
+    rows: Rows = results["rows"]
+    tests = [name for name in TESTS if name in results["before"]["losses"]]
+    header = ["", "lr", "warm-up", "lambda", *(TESTS[n] for n in tests), "facts", "s per step", "MiB", "arms", "seeds"]
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    cells = [f"{mean_and_error(results['before']['losses'][n])[0]:.3f}" for n in tests]
+    facts = results["before"]["facts"]
+    lines.append(f"| before | | | | {' | '.join(cells)} | {'' if facts is None else f'{facts:.3f}'} | | | | |")
+    for method, title in TITLES.items():
+        mine = [r for r in rows if r["arm"]["method"] == method and not r["arm"]["watched"]]
+        if not mine:
+            continue
+        best = best_of(rows, method)
+        same = [r for r in mine if replace(arm_of(r), seed=0) == best]
+        cells = [f"{best.lr:g}", f"{best.warm_up:.0%}", f"{best.ewc_lambda:g}" if best.ewc_lambda else ""]
+        for name in tests:
+            mean, change, error = (
+                statistics.fmean(r["tests"][name][key] for r in same) for key in ("mean", "change", "change_error")
+            )
+            cells.append(f"{mean:.3f} ({change:+.3f} ± {error:.3f})")
+        cells.append("" if same[0]["facts"] is None else f"{statistics.fmean(r['facts'] for r in same):.3f}")
+        cells.append(f"{statistics.median(r['seconds_per_step'] for r in mine):.1f}")
+        cells.append(f"{statistics.median(r['peak_mib'] for r in mine):.0f}")
+        cells += [str(len({replace(arm_of(r), seed=0) for r in mine})), str(len(same))]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def watched_table(rows: Rows) -> str:
+    """Along the watched runs: the true rise, the probe, the prediction."""
+    lines = ["| run | step | true rise | probe | predicted |", "|---|---:|---:|---:|---:|"]
+    for row in rows:
+        if row["arm"]["watched"]:
+            lines += [
+                f"| {TITLES[row['arm']['method']]} | {p['step']} | {p['old_change']:+.3f} | {p['probe']:.3f} | "
+                f"{p['predicted']:.4f} |"
+                for p in row["curve"]
+            ]
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Any]) -> Figure:
+    """Learning against forgetting: a dot for each arm, a line through the best of each method."""
+    rows: Rows = results["rows"]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for i, (method, title) in enumerate(TITLES.items()):
+        points = sorted(
+            (-r["tests"]["new"]["change"], r["tests"]["old"]["change"])
+            for r in rows
+            if r["arm"]["method"] == method and not r["arm"]["watched"]
+        )
+        if not points:
+            continue
+        front = [p for p in points if not any(q[0] >= p[0] and q[1] < p[1] for q in points)]
+        axes.scatter(*zip(*points, strict=True), s=12, color=f"C{i}", alpha=0.5)
+        axes.plot(*zip(*front, strict=True), "o-", color=f"C{i}", markersize=5, label=title)
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.set_xlabel("learnt: fall of the loss on new text, nats per token")
+    axes.set_ylabel("forgotten: rise of the loss on old text, nats per token")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """The results, and all that is drawn from them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n") and None)
+    if not results["rows"]:
+        return
+    flat = [
+        {
+            **row["arm"],
+            **{f"{name} {key}": value for name, test in row["tests"].items() for key, value in test.items()},
+            **{key: row[key] for key in ("facts", "distance", "predicted", "seconds_per_step", "peak_mib")},
+        }
+        for row in results["rows"]
+    ]
+    with (folder / "arms.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(flat[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in flat)
+    (folder / "table.md").write_text(f"{table(results)}\n\n{watched_table(results['rows'])}\n")
+    draw(results).savefig(folder / "learnt_and_forgotten.png", dpi=110)
+
+
+# ---- the command ----
+
+
+def called(apart: bool, function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Calls it, ``apart`` in a process of its own: only so can its memory be told."""
+    if not apart:
+        return function(*arguments)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def setup_of(options: argparse.Namespace) -> Setup:
+    """From the command line.
+
+    Raises:
+        SystemExit: The texts are not given.
+    """
+    shared = Setup(options.texts, options.language, options.model, options.new, options.old, options.work)
+    if options.quick:
+        here = Path(__file__)
+        shared = replace(shared, texts=None, model="tiny", new=here, old=here.with_name("calibration.py"))
+        return replace(shared, steps=6, length=64, fisher_sequences=16, test_sequences=8)
+    if options.texts is None and (options.new is None or options.old is None):
+        raise SystemExit(f"--texts FOLDER, or --new FILE and --old FILE, is missing. {llm_data.__doc__}")
+    return replace(shared, steps=options.steps, batch=options.batch, length=options.length)
+
+
+def quick_arms() -> list[Arm]:
+    """One of each method."""
+    return [Arm(method, 1e-3, ewc_lambda=0.0 if method in ("plain", "lora", "rehearsal") else 1.0) for method in TITLES]
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """Computes what is missing of the results, and draws."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, help="folder with the extracted Debian packages")
+    parser.add_argument("--language", default="de-DE", help="of the handbook")
+    parser.add_argument("--model", default="", help="folder of another causal language model")
+    parser.add_argument("--new", type=Path, help="another text to learn")
+    parser.add_argument("--old", type=Path, help="text of the kind that the model knows")
+    parser.add_argument("--steps", type=int, default=Setup.steps)
+    parser.add_argument("--batch", type=int, default=Setup.batch, help="sequences in a step, an even number")
+    parser.add_argument("--length", type=int, default=Setup.length, help="tokens in a sequence")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to, and to go on from")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "ewc_fast_finetune_llm")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm later than this")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, a few steps: seconds, to see it work")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    deadline = time.monotonic() + 60 * options.minutes
+    setup = setup_of(options)
+    setup.work.mkdir(parents=True, exist_ok=True)
+
+    path = options.out / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    kept = {key: getattr(setup, key) for key in ("language", "model", "steps", "batch", "length", "fisher_sequences")}
+    if results.setdefault("setup", kept) != kept:
+        raise SystemExit(f"{path} has results of {results['setup']}, not of {kept}: choose another --out")
+    results |= {"date": datetime.date.today().isoformat(), "machine": describe_machine(), "torch": torch.__version__}
+    if "before" not in results:
+        results["before"] = called(not options.quick, measure_before, setup)
+        write(results, options.out)
+
+    stages: list[Callable[[Rows], list[Arm]]] = [lambda rows: first_stage(), second_stage, third_stage]
+    if options.quick:
+        stages = [lambda rows: quick_arms()]
+    for stage in stages:
+        for arm in stage(results["rows"]):
+            if arm in map(arm_of, results["rows"]):
+                continue
+            if time.monotonic() > deadline:
+                print("call again to go on")
+                return
+            began = time.monotonic()
+            results["rows"].append(called(not options.quick, run, setup, arm, results["before"]))
+            write(results, options.out)
+            row = results["rows"][-1]
+            tests = ", ".join(f"{name} {t['mean']:.3f} ({t['change']:+.3f})" for name, t in row["tests"].items())
+            print(f"{arm}: {tests}, facts {row['facts']}, {time.monotonic() - began:.0f} s", flush=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
