@@ -18,6 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include "tap.h"
+
 namespace ewc {
 namespace {
 
@@ -221,6 +223,19 @@ PyObject* fisher_accumulate_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* tap_vectors(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(n == 8, "tap_vectors takes 8 arguments, got ", n);
+  Reader read;
+  const at::Tensor y = read.tensor(args[0]), anchor = read.tensor(args[1]), x = read.tensor(args[2]);
+  const Sums sums{read.optional(args[3]).value_or(at::Tensor()), read.optional(args[4]).value_or(at::Tensor())};
+  const VectorsRule rule{read.boolean(args[5]), read.integer(args[6]), read.integer(args[7])};
+  if (PyErr_Occurred()) return nullptr;
+  if (!read.may_call()) Py_RETURN_NONE;
+  return THPVariable_Wrap(tap_vectors(y, anchor, x, sums, rule));
+  END_HANDLE_TH_ERRORS
+}
+
 // ---- what Python asks before every pass ----
 
 bool is_same(const at::Tensor& tensor, bool requires_grad, PyObject* shape, PyObject* dtype) {
@@ -346,6 +361,9 @@ PyMethodDef direct_ops[] = {
     {"adamw_", fastcall<adamw_>(), METH_FASTCALL, "torch.ops.ewc_fast.adamw_, likewise; its results."},
     {"sgd_", fastcall<sgd_>(), METH_FASTCALL, "torch.ops.ewc_fast.sgd_, likewise; its results."},
     {"proximal_", fastcall<proximal_>(), METH_FASTCALL, "torch.ops.ewc_fast.proximal_, likewise; its results."},
+    {"tap_vectors", fastcall<tap_vectors>(), METH_FASTCALL,
+     "The tap of ewc_fast.fisher.capture for one vector per sample: output, anchor, input, sums of the weight's squares and "
+     "of the bias's (None for none), whether the weight is (out, in), the rules' numbers. None where only Python can."},
     {"unchanged", fastcall<unchanged>(), METH_FASTCALL,
      "Whether dicts and lists still hold the same objects, and tensors are still the same, as listed; None where only "
      "Python can tell."},

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ewc_fast.fisher.rules import (
+    SMALL,
+    VECTORS,
     Broadcast,
     Convolution,
     OfVectors,
@@ -30,6 +32,9 @@ from ewc_fast.fisher.rules import (
     held_bytes,
 )
 from ewc_fast.ops.fisher import fisher_accumulate_
+from ewc_fast.ops.native import direct
+
+_tap_vectors = direct("tap_vectors")
 
 UNCOVERED = "uncovered"
 SINGLE, SHARED = "one for each sample", "shared by all samples"
@@ -295,7 +300,9 @@ class Capture(TorchFunctionMode):
         sums: Where the squares go, by name.
         status: What is known of each parameter: a layout, or ``UNCOVERED``; changed.
         embedded: Of embeddings of a list of numbers, whether those were one for each sample or shared by all; changed.
+        often: Parameters that have been used several times in one forward; grows.
         size: Samples in the batch.
+        once: There will be one backward.
         looking: Find out the status instead of adding squares.
     """
 
@@ -305,12 +312,15 @@ class Capture(TorchFunctionMode):
         sums: Mapping[str, Tensor],
         status: dict[str, str],
         embedded: dict[str, str],
+        often: set[str],
         size: int,
+        once: bool,
         looking: bool,
     ) -> None:
         super().__init__()
         self._leaves, self._names = leaves, {id(t): name for name, t in leaves.items()}
-        self._sums, self.status, self._embedded, self._size, self._looking = sums, status, embedded, size, looking
+        self._sums, self.status, self._embedded, self._often = sums, status, embedded, often
+        self._size, self._once, self._looking = size, once, looking
         self._lengths: set[int] = set()
         self._count: dict[str, int] = {}
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
@@ -444,30 +454,33 @@ class Capture(TorchFunctionMode):
                 if not self.candidates[name]:
                     return None
         else:
-            for name in names:
-                if name not in self.status:
-                    self._look_again()
-            if not all(self._may_be(layout, y, rules) for layout in {self.status[name] for name in names}):
+            layouts = {self.status.get(name) for name in names}
+            if None in layouts:
+                self._look_again()
+            if not all(self._may_be(layout, y, rules) for layout in layouts):
                 return None
         if y.dim() > 2 and not isinstance(rules[0], Convolution):
             self._lengths.update(y.shape[:-1])
         if not self._backward:  # also without a graph: reentrant checkpoints make theirs in the backward
-            for name in names:
-                self._count[name] = self._count.get(name, 0) + 1
+            self._count_uses(names)
         if not torch.is_grad_enabled():
             return y
-        half = y.dtype in (torch.bfloat16, torch.float16)
-        saved = [None if x is None else x.detach() for x in xs]
-        if half:
-            saved = [x.to(y.dtype) if x is not None and x.is_floating_point() else x for x in saved]
         of_vectors = [rule for rule in rules if isinstance(rule, OfVectors) and rule.is_of_vectors(y)]
+        only_vectors = len(of_vectors) == len(rules)
+        saved = [None if x is None else x.detach() for x in xs]
+        if y.dtype in (torch.bfloat16, torch.float16):
+            saved = [x.to(y.dtype) if x is not None and x.is_floating_point() else x for x in saved]
+        if only_vectors and self._once and layouts == {"rows"} and self._often.isdisjoint(names):
+            tapped = self._tapped_natively(y, names, rules, saved)
+            if tapped is not None:
+                return tapped
 
         def take(tensors: Any, g: Tensor) -> None:
             if self._looking:
                 self._compare(tuple(names), layouts, g)
                 return
             xs = [g if x is None else x for x in tensors]
-            if len(of_vectors) == len(rules) and self._are_vectors(names):
+            if only_vectors and self._are_vectors(names):
                 squares = self._add_to_squares(tuple(names), g)
                 if not self._again:
                     for name, of_vector, x in zip(names, of_vectors, xs, strict=True):
@@ -478,6 +491,27 @@ class Capture(TorchFunctionMode):
                 self._take(name, rule, x, g)
 
         return _Tap.apply(y, self._anchor, take, *saved)
+
+    def _count_uses(self, names: list[str]) -> None:
+        for name in names:
+            self._count[name] = self._count.get(name, 0) + 1
+            if self._count[name] > 1 and name not in self._often:
+                self._often.add(name)
+                if not self._looking:  # the first use may have been tapped as the only one
+                    self._look_again()
+
+    def _tapped_natively(self, y: Tensor, names: list[str], rules: list[Rule], xs: list[Any]) -> Tensor | None:
+        """The tap in C++ of a matrix, a vector that is added, or both; None where only Python can."""
+        weight = bias = None
+        x, left_is_g = y, True
+        for name, rule, t in zip(names, rules, xs, strict=True):
+            if isinstance(rule, Product):
+                weight, x, left_is_g = self._sums[name], t, rule.left_is_g
+            else:
+                bias = self._sums[name]
+        if weight is not None and bias is not None and weight.dtype != bias.dtype:
+            return None
+        return _tap_vectors(y, self._anchor, x, weight, bias, left_is_g, SMALL, VECTORS)
 
     def _share(self, y: Tensor, name: str, rows: Rows, ids: Tensor) -> Tensor:
         """What an embedding gives to all samples is seen like a parameter, in whose gradient the samples are apart."""
@@ -590,6 +624,7 @@ class Capture(TorchFunctionMode):
 
     def backward(self, z: Tensor, cotangent: Tensor, *, again: bool) -> None:
         """Runs one backward from the output, with everything that it leads to; ``again``: another one follows."""
+        assert not (again and self._once)
         self._backward, self._again = True, again
         if z.requires_grad:
             cotangents = (cotangent.to(z.dtype),)

@@ -93,6 +93,7 @@ class FisherEstimator:
         self._status: dict[str, str] = {}
         self._looks: dict[str, int] = {}
         self._embedded: dict[str, str] = {}
+        self._often: set[str] = set()
         self._vectorised = self._changes_inputs = True  # until a call has shown that they need not be copied
         self._methods: set[str] = set()
         self.num_samples = self.num_terms = self._largest = self._batches = 0
@@ -315,7 +316,7 @@ class FisherEstimator:
         part = take(batch, slice(0, few), size)
         buffers = {name: b.clone() for name, b in self._buffers.items()}
         leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
-        capture = Capture(leaves, self._sums, self._status, self._embedded, few, looking=True)
+        capture = Capture(leaves, self._sums, self._status, self._embedded, self._often, few, once=False, looking=True)
         try:
             with self._swapped(leaves):
                 with capture:
@@ -349,7 +350,10 @@ class FisherEstimator:
         covered = self._covered()
         leaves = {name: self._params[name].detach().requires_grad_() for name in covered}
         rest = {name: p.detach() for name, p in self._params.items() if name not in leaves}
-        capture = Capture(leaves, self._sums, self._status, self._embedded, size, looking=False)
+        once = self._objective.once
+        capture = Capture(
+            leaves, self._sums, self._status, self._embedded, self._often, size, once=once, looking=False
+        )
         with self._swapped(leaves):
             with capture:
                 z = self._output(batch)

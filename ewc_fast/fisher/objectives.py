@@ -86,6 +86,11 @@ class Objective(ABC):
     def __init__(self, kind: str, transform: Transform | None, draws: int) -> None:
         self.kind, self.transform, self.draws = kind, transform, draws
 
+    @property
+    def once(self) -> bool:
+        """Whether each batch has one cotangent."""
+        return self.kind != "exact" and self.draws == 1
+
     def settings(self) -> dict[str, Any]:
         """What the kind and the name do not say, as plain values."""
         return {"num_label_samples": self.draws, "logits_transform": self.transform is not None}
@@ -166,8 +171,10 @@ class CrossEntropy(Objective):
                 f"model(inputs) returned logits of shape {tuple(z.shape)}: cross-entropy needs two classes or more, "
                 "over a single one it is constant"
             )
+        if z.dim() != 3 or labels is None:
+            return
         names = [base.__name__ for base in type(model).__mro__]
-        if z.dim() != 3 or labels is None or any(name.endswith(_NOT_CAUSAL) for name in names):
+        if any(name.endswith(_NOT_CAUSAL) for name in names):
             return
         call = take_apart(batch)
         ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
