@@ -58,7 +58,9 @@ struct TapVectors : torch::autograd::Function<TapVectors> {
 
 at::Tensor tap_vectors(const at::Tensor& y, const at::Tensor& anchor, const at::Tensor& x, const Sums& sums,
                        const VectorsRule& rule) {
-  return TapVectors::apply(y, anchor, x.detach(), sums, rule);
+  // Kept in the precision in which autocast multiplied.
+  const at::Tensor saved = at::isReducedFloatingType(y.scalar_type()) ? x.detach().to(y.scalar_type()) : x.detach();
+  return TapVectors::apply(y, anchor, saved, sums, rule);
 }
 
 }  // namespace ewc

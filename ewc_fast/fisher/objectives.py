@@ -58,11 +58,11 @@ def logits_of(output: Any) -> Tensor:
 
 
 def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t.dtype == torch.float32 else t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _draw_on(t: Tensor, generator: torch.Generator | None, draw: Callable[[Tensor], Tensor]) -> Tensor:
-    return draw(t if generator is None else t.to(generator.device)).to(t.device)
+    return draw(t) if generator is None else draw(t.to(generator.device)).to(t.device)
 
 
 def _draw_classes(probs: Tensor, generator: torch.Generator | None) -> Tensor:
