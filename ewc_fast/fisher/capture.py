@@ -468,7 +468,7 @@ class Capture(TorchFunctionMode):
                     return None  # used in both ways
             if ids.shape[0] == 1 or (ids.dim() == 1 and self._embedded[name] == SHARED):
                 return self._share(y, name, rules[0], ids)
-        layouts: set[str | None] = set()
+        layouts: set[str] = set()
         if self._looking:
             layouts = {layout for layout in LAYOUTS if self._may_be(layout, y, rules)}
             for name in names:
@@ -476,8 +476,8 @@ class Capture(TorchFunctionMode):
                 if not self.candidates[name]:
                     return None
         else:
-            layouts = {self.status.get(name) for name in names}
-            if None in layouts:
+            layouts = {self.status.get(name, "") for name in names}
+            if "" in layouts:
                 self._look_again()
             if not all(self._may_be(layout, y, rules) for layout in layouts):
                 return None
