@@ -32,7 +32,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """The same batch with its tensors detached, on ``device`` and fit for a graph."""
 
     def moved(t: Any) -> Any:
-        if not isinstance(t, Tensor):
+        if not isinstance(t, Tensor) or (t.device == device and not t.requires_grad and not t.is_inference()):
             return t
         return t.detach().to(device, non_blocking=True, copy=t.is_inference())
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ewc_fast.fisher.rules import (
+    SMALL,
+    VECTORS,
     Broadcast,
     Convolution,
     OfVectors,
@@ -30,6 +32,9 @@ from ewc_fast.fisher.rules import (
     held_bytes,
 )
 from ewc_fast.ops.fisher import fisher_accumulate_
+from ewc_fast.ops.native import direct
+
+_tap_vectors, _tap_linear = direct("tap_vectors"), direct("tap_linear")
 
 UNCOVERED = "uncovered"
 SINGLE, SHARED = "one for each sample", "shared by all samples"
@@ -274,7 +279,7 @@ class _Tap(torch.autograd.Function):
     """The identity; its backward hands on what it saved and the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, anchor: Tensor, take: Any, *saved: Tensor | None) -> Tensor:
+    def forward(ctx: Any, y: Tensor, anchor: Tensor | None, take: Any, *saved: Tensor | None) -> Tensor:
         ctx.take = take
         ctx.save_for_backward(*saved)
         return y.detach()  # which the model may change; y itself marked as changed would have to be no view
@@ -295,7 +300,10 @@ class Capture(TorchFunctionMode):
         sums: Where the squares go, by name.
         status: What is known of each parameter: a layout, or ``UNCOVERED``; changed.
         embedded: Of embeddings of a list of numbers, whether those were one for each sample or shared by all; changed.
+        often: Parameters that have been used several times in one forward; grows.
+        native: Sums of the squares of linear layers that have been tapped in C++, by weight and bias; changed.
         size: Samples in the batch.
+        once: There will be one backward.
         looking: Find out the status instead of adding squares.
     """
 
@@ -305,12 +313,17 @@ class Capture(TorchFunctionMode):
         sums: Mapping[str, Tensor],
         status: dict[str, str],
         embedded: dict[str, str],
+        often: set[str],
+        native: dict[tuple[str | None, str | None], tuple[Tensor, Tensor | None]],
         size: int,
+        once: bool,
         looking: bool,
     ) -> None:
         super().__init__()
         self._leaves, self._names = leaves, {id(t): name for name, t in leaves.items()}
-        self._sums, self.status, self._embedded, self._size, self._looking = sums, status, embedded, size, looking
+        self._sums, self.status, self._embedded = sums, status, embedded
+        self._often, self._native = often, native
+        self._size, self._once, self._looking = size, once, looking
         self._lengths: set[int] = set()
         self._count: dict[str, int] = {}
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
@@ -324,9 +337,11 @@ class Capture(TorchFunctionMode):
         self.factors: Tensor | None = None  # looking: of each sample's cotangent, against the backward before
         self.candidates: dict[str, set[str]] = {}
         self._earlier: dict[tuple[str, ...], list[Tensor]] = {}
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = next(iter(leaves.values()), None)  # any tensor that requires grad
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and self._once and (result := self._linear_again(*args, **(kwargs or {}))) is not None:
+            return result
         kwargs = kwargs or {}
         found = self._found(args, kwargs)
         if not found:
@@ -350,9 +365,25 @@ class Capture(TorchFunctionMode):
             self._uncover(found)
         return result
 
+    def _linear_again(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """F.linear of parameters that were tapped natively before: what the rest comes to, in a third of the time."""
+        names = self._names.get(id(weight)), self._names.get(id(bias))
+        sums = self._native.get(names)
+        if sums is None or self._moved or self._shared or id(x) in self._names:
+            return None
+        tapped = _tap_linear(self._anchor, x, weight, bias, *sums, self._size, SMALL, VECTORS)
+        if tapped is not None and not self._backward:
+            self._count_uses(names)
+        return tapped
+
     def _found(self, args: Any, kwargs: Any) -> list[str]:
-        names = [self._names.get(id(t)) for t in _tensors(args, kwargs)]
-        return [name for name in names if name is not None and self.status.get(name) != UNCOVERED]
+        found = []
+        for a in (*args, *kwargs.values()):
+            for t in a if isinstance(a, (list, tuple)) else (a,):
+                name = self._names.get(id(t))
+                if name is not None and self.status.get(name) != UNCOVERED:
+                    found.append(name)
+        return found
 
     def _moves_samples(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Whether rows are picked or put by what the data say, so that a row's number no longer is its sample's."""
@@ -410,6 +441,7 @@ class Capture(TorchFunctionMode):
                 "the model uses its parameters in a way that the first batches did not show: give it batches of one "
                 "sample"
             )
+        self._native.clear()
         raise StatusChanged
 
     def _tapped(self, y: Tensor, uses: Mapping[str, Any]) -> Tensor | None:
@@ -436,7 +468,7 @@ class Capture(TorchFunctionMode):
                     return None  # used in both ways
             if ids.shape[0] == 1 or (ids.dim() == 1 and self._embedded[name] == SHARED):
                 return self._share(y, name, rules[0], ids)
-        layouts = set()
+        layouts: set[str] = set()
         if self._looking:
             layouts = {layout for layout in LAYOUTS if self._may_be(layout, y, rules)}
             for name in names:
@@ -444,30 +476,33 @@ class Capture(TorchFunctionMode):
                 if not self.candidates[name]:
                     return None
         else:
-            for name in names:
-                if name not in self.status:
-                    self._look_again()
-            if not all(self._may_be(layout, y, rules) for layout in {self.status[name] for name in names}):
+            layouts = {self.status.get(name, "") for name in names}
+            if "" in layouts:
+                self._look_again()
+            if not all(self._may_be(layout, y, rules) for layout in layouts):
                 return None
         if y.dim() > 2 and not isinstance(rules[0], Convolution):
             self._lengths.update(y.shape[:-1])
         if not self._backward:  # also without a graph: reentrant checkpoints make theirs in the backward
-            for name in names:
-                self._count[name] = self._count.get(name, 0) + 1
+            self._count_uses(names)
         if not torch.is_grad_enabled():
             return y
-        half = y.dtype in (torch.bfloat16, torch.float16)
-        saved = [None if x is None else x.detach() for x in xs]
-        if half:
-            saved = [x.to(y.dtype) if x is not None and x.is_floating_point() else x for x in saved]
         of_vectors = [rule for rule in rules if isinstance(rule, OfVectors) and rule.is_of_vectors(y)]
+        only_vectors = len(of_vectors) == len(rules)
+        if only_vectors and self._once and layouts == {"rows"} and self._often.isdisjoint(names):
+            tapped = self._tapped_natively(y, names, rules, xs)
+            if tapped is not None:
+                return tapped
+        saved = [None if x is None else x.detach() for x in xs]
+        if y.dtype in (torch.bfloat16, torch.float16):
+            saved = [x.to(y.dtype) if x is not None and x.is_floating_point() else x for x in saved]
 
         def take(tensors: Any, g: Tensor) -> None:
             if self._looking:
                 self._compare(tuple(names), layouts, g)
                 return
             xs = [g if x is None else x for x in tensors]
-            if len(of_vectors) == len(rules) and self._are_vectors(names):
+            if only_vectors and self._are_vectors(names):
                 squares = self._add_to_squares(tuple(names), g)
                 if not self._again:
                     for name, of_vector, x in zip(names, of_vectors, xs, strict=True):
@@ -478,6 +513,32 @@ class Capture(TorchFunctionMode):
                 self._take(name, rule, x, g)
 
         return _Tap.apply(y, self._anchor, take, *saved)
+
+    def _count_uses(self, names: Sequence[str | None]) -> None:
+        for name in names:
+            if name is None:
+                continue
+            self._count[name] = self._count.get(name, 0) + 1
+            if self._count[name] > 1 and name not in self._often:
+                self._often.add(name)
+                if not self._looking:  # the first use may have been tapped as the only one
+                    self._look_again()
+
+    def _tapped_natively(self, y: Tensor, names: list[str], rules: list[Rule], xs: list[Any]) -> Tensor | None:
+        """The tap in C++ of a matrix, a vector that is added, or both; None where only Python can."""
+        weight = bias = None
+        x, left_is_g = y, True
+        for name, rule, t in zip(names, rules, xs, strict=True):
+            if isinstance(rule, Product):
+                weight, x, left_is_g = self._sums[name], t, rule.left_is_g
+            else:
+                bias = self._sums[name]
+        if weight is not None and bias is not None and weight.dtype != bias.dtype:
+            return None
+        tapped = _tap_vectors(y, self._anchor, x, weight, bias, left_is_g, SMALL, VECTORS)
+        if tapped is not None and weight is not None and left_is_g:
+            self._native[names[0], names[1] if bias is not None else None] = weight, bias
+        return tapped
 
     def _share(self, y: Tensor, name: str, rows: Rows, ids: Tensor) -> Tensor:
         """What an embedding gives to all samples is seen like a parameter, in whose gradient the samples are apart."""
@@ -590,6 +651,7 @@ class Capture(TorchFunctionMode):
 
     def backward(self, z: Tensor, cotangent: Tensor, *, again: bool) -> None:
         """Runs one backward from the output, with everything that it leads to; ``again``: another one follows."""
+        assert not (again and self._once)
         self._backward, self._again = True, again
         if z.requires_grad:
             cotangents = (cotangent.to(z.dtype),)

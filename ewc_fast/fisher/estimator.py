@@ -81,9 +81,10 @@ class FisherEstimator:
         self._outer = {inner: name for name, inner in self._inner.items()}
         self._params = dict(selected)
         names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self._modules = list(model.modules())
         self._places: list[tuple[dict[str, Any], str, str]] = [  # of each parameter and buffer, under all its names
             (held, attribute, names[id(t)])
-            for module in model.modules()
+            for module in self._modules
             for held in (module._parameters, module._buffers)
             for attribute, t in held.items()
             if t is not None
@@ -93,6 +94,8 @@ class FisherEstimator:
         self._status: dict[str, str] = {}
         self._looks: dict[str, int] = {}
         self._embedded: dict[str, str] = {}
+        self._often: set[str] = set()
+        self._native: dict[tuple[str | None, str | None], tuple[Tensor, Tensor | None]] = {}
         self._vectorised = self._changes_inputs = True  # until a call has shown that they need not be copied
         self._methods: set[str] = set()
         self.num_samples = self.num_terms = self._largest = self._batches = 0
@@ -176,7 +179,8 @@ class FisherEstimator:
         self._check_open()
         fastpath = torch.backends.mha.get_fastpath_enabled()
         try:
-            with module_mode(self._model, training=False), torch.inference_mode(False), torch.enable_grad():
+            evaluation = module_mode(self._model, training=False, modules=self._modules)
+            with evaluation, torch.inference_mode(False), torch.enable_grad():
                 self._read_model()
                 torch.backends.mha.set_fastpath_enabled(False)  # it uses parameters out of sight
                 self._add(to_device(batch, self.device))
@@ -302,6 +306,10 @@ class FisherEstimator:
                 self._look(batch, size)
         raise RuntimeError("the model uses its parameters differently at every call: give it batches of one sample")
 
+    def _capture(self, leaves: dict[str, Tensor], size: int, *, once: bool, looking: bool) -> Capture:
+        known = self._status, self._embedded, self._often, self._native
+        return Capture(leaves, self._sums, *known, size, once=once, looking=looking)
+
     def _covered(self) -> list[str]:
         return [name for name in self._params if self._status.get(name) != UNCOVERED]
 
@@ -315,7 +323,7 @@ class FisherEstimator:
         part = take(batch, slice(0, few), size)
         buffers = {name: b.clone() for name, b in self._buffers.items()}
         leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
-        capture = Capture(leaves, self._sums, self._status, self._embedded, few, looking=True)
+        capture = self._capture(leaves, few, once=False, looking=True)
         try:
             with self._swapped(leaves):
                 with capture:
@@ -349,7 +357,7 @@ class FisherEstimator:
         covered = self._covered()
         leaves = {name: self._params[name].detach().requires_grad_() for name in covered}
         rest = {name: p.detach() for name, p in self._params.items() if name not in leaves}
-        capture = Capture(leaves, self._sums, self._status, self._embedded, size, looking=False)
+        capture = self._capture(leaves, size, once=self._objective.once, looking=False)
         with self._swapped(leaves):
             with capture:
                 z = self._output(batch)
@@ -491,6 +499,7 @@ class FisherEstimator:
         self._checked = 0
         self._methods = set(state["methods"])
         self._status, self._looks, self._embedded = (dict(known) for known in state["status"])
+        self._native.clear()
 
 
 @contextmanager

@@ -58,11 +58,11 @@ def logits_of(output: Any) -> Tensor:
 
 
 def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t.dtype == torch.float32 else t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _draw_on(t: Tensor, generator: torch.Generator | None, draw: Callable[[Tensor], Tensor]) -> Tensor:
-    return draw(t if generator is None else t.to(generator.device)).to(t.device)
+    return draw(t) if generator is None else draw(t.to(generator.device)).to(t.device)
 
 
 def _draw_classes(probs: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -85,6 +85,11 @@ class Objective(ABC):
 
     def __init__(self, kind: str, transform: Transform | None, draws: int) -> None:
         self.kind, self.transform, self.draws = kind, transform, draws
+
+    @property
+    def once(self) -> bool:
+        """Whether each batch has one cotangent."""
+        return self.kind != "exact" and self.draws == 1
 
     def settings(self) -> dict[str, Any]:
         """What the kind and the name do not say, as plain values."""
@@ -166,8 +171,10 @@ class CrossEntropy(Objective):
                 f"model(inputs) returned logits of shape {tuple(z.shape)}: cross-entropy needs two classes or more, "
                 "over a single one it is constant"
             )
+        if z.dim() != 3 or labels is None:
+            return
         names = [base.__name__ for base in type(model).__mro__]
-        if z.dim() != 3 or labels is None or any(name.endswith(_NOT_CAUSAL) for name in names):
+        if any(name.endswith(_NOT_CAUSAL) for name in names):
             return
         call = take_apart(batch)
         ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)

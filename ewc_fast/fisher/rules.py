@@ -23,9 +23,9 @@ _HELD_BYTES = {"cpu": 64 << 20}
 _HELD_BYTES_ELSEWHERE = 512 << 20
 # Elements. Below, BLAS libraries add each product to what they are given, which in fp32 loses digits of a long sum;
 # above, they add the sum of the products.
-_SMALL = 1 << 16
+SMALL = 1 << 16
 # Samples whose vectors are squared at a time: the more, the faster the product, and the more memory.
-_VECTORS = 256
+VECTORS = 256
 
 
 def block_bytes(device: torch.device) -> int:
@@ -127,13 +127,13 @@ class Product(OfVectors):
         return y.dim() == 2
 
     def add_vectors_(self, total: Tensor, x: Tensor, g_squared: Tensor) -> None:
-        if len(x) > _VECTORS:
-            for x_part, g_part in zip(x.split(_VECTORS), g_squared.split(_VECTORS), strict=True):
+        if len(x) > VECTORS:
+            for x_part, g_part in zip(x.split(VECTORS), g_squared.split(VECTORS), strict=True):
                 self.add_vectors_(total, x_part, g_part)
             return
         x_squared = x.to(g_squared.dtype).square()
         left, right = (g_squared, x_squared) if self.left_is_g else (x_squared, g_squared)
-        if total.numel() < _SMALL:
+        if total.numel() < SMALL:
             total += left.t() @ right
         else:
             total.addmm_(left.t(), right)

@@ -1,0 +1,271 @@
+"""Layers with one vector for each sample, whose squares C++ adds: against the definition, also without it."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from ewc_fast.fisher import FisherEstimator, capture, estimate_fisher, rules
+from tests.fisher import brute_force, reference
+from tests.fisher.test_values import assert_fisher, drawn_labels, with_labels
+
+CLASSES = 3
+TOLERANCE = {torch.float32: 2e-4, torch.float64: 1e-9}
+
+
+class Net(nn.Module):
+    """Two linear layers and what lies between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = torch.tanh, bias: bool = True) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6, bias), nn.Linear(6, CLASSES, bias)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first(x)))
+
+
+class UsedTwice(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.middle(torch.tanh(self.middle(self.first(x))))))
+
+
+class UsedTwiceLater(UsedTwice):
+    """Once in the first batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x[0, 0] == 0 else self.last(torch.tanh(self.middle(self.first(x))))
+
+
+class SharedBias(nn.Module):
+    """Two weights, of which only the bias is the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, CLASSES)
+        self.second.bias = self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+class Tied(nn.Module):
+    """A weight that is used again transposed, in another operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)) @ self.first.weight)
+
+
+class Operations(nn.Module):
+    """The same by other names: matmul, addmm, and a bias that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(6, CLASSES))
+        self.bias, self.shift = nn.Parameter(torch.randn(CLASSES)), nn.Parameter(torch.randn(1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, torch.tanh(x @ self.one + self.shift), self.two)
+
+
+class Checkpointed(Net):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant, self.middle = reentrant, nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if len(x) == 1 or not torch.is_grad_enabled():  # the reference: autograd.grad() refuses reentrant ones
+            return self.last(self.middle(h))
+        return self.last(checkpoint(self.middle, h, use_reentrant=self.reentrant))
+
+
+def frozen(name: str) -> Net:
+    model = Net()
+    model.get_parameter(name).requires_grad_(False)
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "bias": Net,
+    "no bias": lambda: Net(bias=False),
+    "used twice": UsedTwice,
+    "used twice in a later batch": UsedTwiceLater,
+    "shared bias": SharedBias,
+    "tied": Tied,
+    "other operations": Operations,
+    "relu in place": lambda: Net(lambda y: F.relu(y, inplace=True)),
+    "output changed in place": lambda: Net(lambda y: y.mul_(2).add_(1)),
+    "reentrant checkpoint": lambda: Checkpointed(True),
+    "checkpoint": lambda: Checkpointed(False),
+    "frozen first weight": lambda: frozen("first.weight"),
+    "frozen first bias": lambda: frozen("first.bias"),
+    "frozen last weight": lambda: frozen("last.weight"),
+    "frozen last bias": lambda: frozen("last.bias"),
+}
+
+
+@pytest.fixture(params=[pytest.param("native", marks=pytest.mark.native), "python"])
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each tap was made in C++; both ways in which it is."""
+    made: list[bool] = []
+
+    def watched(native: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        def tap(*arguments: object) -> Tensor | None:
+            tapped = native(*arguments) if request.param == "native" else None
+            made.append(tapped is not None)
+            return tapped
+
+        return tap
+
+    for name in ("_tap_vectors", "_tap_linear"):
+        monkeypatch.setattr(capture, name, watched(getattr(capture, name)))
+    for module in (capture, rules):  # of the three weights, two are large; a batch is up to three blocks
+        monkeypatch.setattr(module, "SMALL", 20)
+        monkeypatch.setattr(module, "VECTORS", 4)
+    return made
+
+
+def make_batches(dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+    batches = [(torch.randn(n, 5, dtype=dtype), torch.randint(CLASSES, (n,))) for n in (6, 6, 10, 4)]
+    batches[2][0][:, 0] = 0
+    return batches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["exact", "empirical", "sampled"])
+@pytest.mark.parametrize("name", MODELS)
+def test_matches_definition(name: str, kind: str, dtype: torch.dtype, calls: list[bool]) -> None:
+    model = MODELS[name]().to(dtype)
+    batches = make_batches(dtype)
+    expected_batches, generator = copy.deepcopy(batches), None
+    if kind == "sampled":
+        labels = drawn_labels(model, batches, torch.Generator().manual_seed(3))
+        expected_batches, generator = with_labels(expected_batches, labels), torch.Generator().manual_seed(3)
+    expected = reference.fisher(model, expected_batches, "exact" if kind == "exact" else "empirical")
+    fisher = estimate_fisher(model, batches, kind=kind, generator=generator)
+    assert_fisher(fisher, expected, TOLERANCE[dtype])
+    assert fisher.info.method == "hooks"
+    assert bool(calls) == (kind != "exact")
+
+
+@pytest.mark.parametrize("name", ["bias", "used twice", "checkpoint"])
+def test_several_labels_for_each_sample(name: str, calls: list[bool]) -> None:
+    model, batches = MODELS[name](), make_batches()
+    draws, generator = 3, torch.Generator().manual_seed(3)
+    labels = brute_force.draw(model, batches, num_label_samples=draws, generator=generator)
+    fisher = estimate_fisher(
+        model, batches, kind="sampled", num_label_samples=draws, generator=torch.Generator().manual_seed(3)
+    )
+    assert_fisher(fisher, brute_force.fisher(model, batches, "sampled", drawn=labels), TOLERANCE[torch.float32])
+    assert not calls
+
+
+def test_one_sample_more_than_a_block() -> None:
+    model = Net().double()
+    batch = torch.randn(rules.VECTORS + 1, 5, dtype=torch.float64), torch.randint(CLASSES, (rules.VECTORS + 1,))
+    fisher = estimate_fisher(model, [batch], kind="empirical")
+    assert_fisher(fisher, reference.fisher(model, [batch], "empirical"), TOLERANCE[torch.float64])
+
+
+def test_bf16_autocast(calls: list[bool]) -> None:
+    """The tolerance is derived in the same test of the kinds."""
+    model, batches = Net(), make_batches()
+    with torch.autocast("cpu", torch.bfloat16):
+        fisher = estimate_fisher(model, batches, kind="empirical")
+    assert_fisher(fisher, reference.fisher(model, batches, "empirical"), 2 * 10 * 2**-9)
+    assert calls
+
+
+def test_input_changed_after_the_layer_is_an_error(calls: list[bool]) -> None:
+    class Changes(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x) + 1
+            y = self.last(h)
+            if x[0, 0] == 0:  # not when the estimator looks whether it can take gradients in this way
+                h.mul_(2)
+            return y
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        estimate_fisher(Changes(), make_batches(), kind="empirical")
+    assert calls
+
+
+def test_rows_moved_in_a_later_batch(calls: list[bool]) -> None:
+    class Moves(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) != 10:
+                return super().forward(x)
+            back = torch.arange(len(x)).flip(0)
+            return self.last(torch.tanh(self.first(x))[back])[back]
+
+    model, batches = Moves(), make_batches()
+    fisher = estimate_fisher(model, batches, kind="empirical")
+    assert_fisher(fisher, reference.fisher(model, batches, "empirical"), TOLERANCE[torch.float32])
+    assert calls
+    assert fisher.info.method == "vmap"
+
+
+def test_goes_on_from_a_saved_state(calls: list[bool]) -> None:
+    """The state does not say which parameters are used twice: it is found out again."""
+    model, batches = UsedTwice(), make_batches()
+    before = FisherEstimator(model, "empirical")
+    before.update(batches[0])
+    after = FisherEstimator(model, "empirical")
+    after.load_state_dict(before.state_dict())
+    for batch in batches[1:]:
+        after.update(batch)
+    assert_fisher(after.result(), reference.fisher(model, batches, "empirical"), TOLERANCE[torch.float32])
+    assert calls
+
+
+@pytest.mark.native
+def test_the_direct_call_refuses_what_it_cannot_read() -> None:
+    direct = importlib.import_module("ewc_fast._C").tap_vectors
+    y, x, weight, bias = torch.ones(4, 2), torch.ones(4, 3), torch.ones(2, 3), torch.ones(2)
+    good = (y, torch.ones(1, requires_grad=True), x, weight, bias, True, rules.SMALL, rules.VECTORS)
+    assert direct(*good).requires_grad
+    with pytest.raises(TypeError):
+        direct(*good[:-1])
+    for i, bad in ((0, None), (2, [x]), (3, 1.0), (5, 1), (6, 1.0), (7, None)):
+        assert direct(*good[:i], bad, *good[i + 1 :]) is None
+    with BaseTorchFunctionMode():
+        assert direct(*good) is None
+
+
+@pytest.mark.native
+def test_the_direct_call_of_a_linear_layer() -> None:
+    direct = importlib.import_module("ewc_fast._C").tap_linear
+    x, weight, bias, total = torch.randn(4, 3), torch.randn(2, 3), torch.randn(2), torch.zeros(2, 3)
+    anchor = torch.ones(1, requires_grad=True)
+    good = (anchor, x, weight, bias, total, None, 4, rules.SMALL, rules.VECTORS)
+    y = direct(*good)
+    torch.testing.assert_close(y, F.linear(x, weight, bias))
+    g = torch.randn(4, 2)
+    with torch.autocast("cpu", torch.bfloat16):  # which must leave the squares alone
+        y.backward(g)
+    torch.testing.assert_close(total, g.square().t() @ x.square())
+    with pytest.raises(TypeError):
+        direct(*good[:-1])
+    for i, bad in ((1, None), (1, x[None]), (1, x[:3]), (2, [weight]), (3, 1.0), (4, None), (6, 4.0), (8, None)):
+        assert direct(*good[:i], bad, *good[i + 1 :]) is None
+    with torch.no_grad():
+        assert direct(*good) is None
+    with BaseTorchFunctionMode():
+        assert direct(*good) is None
