@@ -655,9 +655,9 @@ class Capture(TorchFunctionMode):
         self._backward, self._again = True, again
         if z.requires_grad:
             cotangents = (cotangent.to(z.dtype),)
-            with (
-                self
-            ):  # for what checkpoints run again; torch.autograd.backward() would be taken for an operation itself
+            # Autocast would take the sums' products in half precision. The mode is for what checkpoints run again, which
+            # restore autocast; torch.autograd.backward() would be taken for an operation itself.
+            with torch.autocast(z.device.type, enabled=False), self:
                 torch.autograd.Variable._execution_engine.run_backward(
                     (z,), cotangents, again, False, (), allow_unreachable=True, accumulate_grad=True
                 )

@@ -193,6 +193,16 @@ def test_bf16_autocast(calls: list[bool]) -> None:
     assert calls
 
 
+def test_sums_are_in_full_precision_under_autocast(calls: list[bool]) -> None:
+    model, (x, labels) = nn.Linear(6, 3, bias=False), (torch.randn(40, 6), torch.randint(3, (40,)))
+    with torch.autocast("cpu", torch.bfloat16):
+        fisher = estimate_fisher(model, [(x, labels)], kind="empirical")
+        z = model(x)
+    g = (z.float().softmax(-1) - F.one_hot(labels, 3)).bfloat16().double()
+    expected = g.square().t() @ x.bfloat16().double().square() / 40
+    torch.testing.assert_close(fisher["weight"].double(), expected, rtol=1e-5, atol=0)
+
+
 def test_input_changed_after_the_layer_is_an_error(calls: list[bool]) -> None:
     class Changes(Net):
         def forward(self, x: Tensor) -> Tensor:
