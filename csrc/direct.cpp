@@ -227,33 +227,35 @@ PyObject* fisher_accumulate_(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 PyObject* tap_vectors(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(n == 8, "tap_vectors takes 8 arguments, got ", n);
+  TORCH_CHECK_TYPE(n == 10, "tap_vectors takes 10 arguments, got ", n);
   Reader read;
   const at::Tensor y = read.tensor(args[0]), anchor = read.tensor(args[1]), x = read.tensor(args[2]);
   const Sums sums{read.optional(args[3]).value_or(at::Tensor()), read.optional(args[4]).value_or(at::Tensor())};
   const VectorsRule rule{read.boolean(args[5]), read.integer(args[6]), read.integer(args[7])};
+  const Several several{read.optional(args[8]).value_or(at::Tensor()), read.optional(args[9]).value_or(at::Tensor())};
   if (PyErr_Occurred()) return nullptr;
   if (!read.may_call()) Py_RETURN_NONE;
-  return THPVariable_Wrap(tap_vectors(y, anchor, x, sums, rule));
+  return THPVariable_Wrap(tap_vectors(y, anchor, x, sums, rule, several));
   END_HANDLE_TH_ERRORS
 }
 
 PyObject* tap_linear(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(n == 9, "tap_linear takes 9 arguments, got ", n);
+  TORCH_CHECK_TYPE(n == 11, "tap_linear takes 11 arguments, got ", n);
   Reader read;
   const at::Tensor anchor = read.tensor(args[0]), x = read.tensor(args[1]), weight = read.tensor(args[2]);
   const auto bias = read.optional(args[3]);
   const Sums sums{read.tensor(args[4]), read.optional(args[5]).value_or(at::Tensor())};
   const int64_t samples = read.integer(args[6]);
   const VectorsRule rule{true, read.integer(args[7]), read.integer(args[8])};
+  const Several several{read.optional(args[9]).value_or(at::Tensor()), read.optional(args[10]).value_or(at::Tensor())};
   if (PyErr_Occurred()) return nullptr;
   if (!read.may_call() || x.dim() != 2 || x.size(0) != samples || !at::GradMode::is_enabled()) Py_RETURN_NONE;
   at::Tensor tapped;
   {
     const pybind11::gil_scoped_release no_gil;
     const at::Tensor y = at::linear(x, weight.detach(), bias.has_value() ? bias->detach() : at::Tensor());
-    tapped = tap_vectors(y, anchor, x, sums, rule);
+    tapped = tap_vectors(y, anchor, x, sums, rule, several);
   }
   return THPVariable_Wrap(tapped);
   END_HANDLE_TH_ERRORS
@@ -386,10 +388,11 @@ PyMethodDef direct_ops[] = {
     {"proximal_", fastcall<proximal_>(), METH_FASTCALL, "torch.ops.ewc_fast.proximal_, likewise; its results."},
     {"tap_vectors", fastcall<tap_vectors>(), METH_FASTCALL,
      "The tap of ewc_fast.fisher.capture for one vector per sample: output, anchor, input, sums of the weight's squares and "
-     "of the bias's (None for none), whether the weight is (out, in), the rules' numbers. None where only Python can."},
+     "of the bias's (None for none), whether the weight is (out, in), the rules' numbers, and for several backwards where "
+     "to sum the output's squares and whether another follows (else None). None where only Python can."},
     {"tap_linear", fastcall<tap_linear>(), METH_FASTCALL,
      "torch.nn.functional.linear of detached parameters, tapped: anchor, input, weight, bias, sums as above, how many "
-     "samples the input must have, the rules' numbers. None where it may not be one vector per sample, or as above."},
+     "samples the input must have, the rest as above. None where it may not be one vector per sample, or as above."},
     {"unchanged", fastcall<unchanged>(), METH_FASTCALL,
      "Whether dicts and lists still hold the same objects, and tensors are still the same, as listed; None where only "
      "Python can tell."},

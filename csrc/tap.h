@@ -20,9 +20,16 @@ struct Sums {
   at::Tensor bias;
 };
 
+// Of several backwards: the squares of g are summed, shaped like it, and taken when `again`, a bool on the CPU, is false.
+// Both undefined where there is one backward.
+struct Several {
+  at::Tensor squares;
+  at::Tensor again;
+};
+
 // y, whose backward adds the squares of the samples' gradients g x^T to the weight's sums, and of g to the bias's.
 // `anchor` requires grad, where y may not.
 at::Tensor tap_vectors(const at::Tensor& y, const at::Tensor& anchor, const at::Tensor& x, const Sums& sums,
-                       const VectorsRule& rule);
+                       const VectorsRule& rule, const Several& several);
 
 }  // namespace ewc

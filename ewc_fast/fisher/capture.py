@@ -303,7 +303,7 @@ class Capture(TorchFunctionMode):
         often: Parameters that have been used several times in one forward; grows.
         native: Sums of the squares of linear layers that have been tapped in C++, by weight and bias; changed.
         size: Samples in the batch.
-        once: There will be one backward.
+        once: There will be one backward, not several.
         looking: Find out the status instead of adding squares.
     """
 
@@ -328,7 +328,8 @@ class Capture(TorchFunctionMode):
         self._count: dict[str, int] = {}
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
         self._shared: dict[int, tuple[Tensor, Rows, Tensor]] = {}
-        self._squares: dict[tuple[str, ...], Tensor] = {}
+        self._squares: dict[tuple[str | None, ...], Tensor] = {}
+        self._more = torch.zeros((), dtype=torch.bool)
         self._held: dict[str, list[Tensor]] = {}
         self._held_bytes = 0
         self._backward = self._again = False
@@ -340,7 +341,11 @@ class Capture(TorchFunctionMode):
         self._anchor = next(iter(leaves.values()), None)  # any tensor that requires grad
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and self._once and (result := self._linear_again(*args, **(kwargs or {}))) is not None:
+        if (
+            func is F.linear
+            and not self._looking
+            and (result := self._linear_again(*args, **(kwargs or {}))) is not None
+        ):
             return result
         kwargs = kwargs or {}
         found = self._found(args, kwargs)
@@ -371,7 +376,8 @@ class Capture(TorchFunctionMode):
         sums = self._native.get(names)
         if sums is None or self._moved or self._shared or id(x) in self._names:
             return None
-        tapped = _tap_linear(self._anchor, x, weight, bias, *sums, self._size, SMALL, VECTORS)
+        several = self._several(names, (self._size, len(weight)), sums[0])
+        tapped = _tap_linear(self._anchor, x, weight, bias, *sums, self._size, SMALL, VECTORS, *several)
         if tapped is not None and not self._backward:
             self._count_uses(names)
         return tapped
@@ -489,7 +495,7 @@ class Capture(TorchFunctionMode):
             return y
         of_vectors = [rule for rule in rules if isinstance(rule, OfVectors) and rule.is_of_vectors(y)]
         only_vectors = len(of_vectors) == len(rules)
-        if only_vectors and self._once and layouts == {"rows"} and self._often.isdisjoint(names):
+        if only_vectors and not self._looking and layouts == {"rows"} and self._often.isdisjoint(names):
             tapped = self._tapped_natively(y, names, rules, xs)
             if tapped is not None:
                 return tapped
@@ -535,10 +541,19 @@ class Capture(TorchFunctionMode):
                 bias = self._sums[name]
         if weight is not None and bias is not None and weight.dtype != bias.dtype:
             return None
-        tapped = _tap_vectors(y, self._anchor, x, weight, bias, left_is_g, SMALL, VECTORS)
+        several = self._several(tuple(names), y.shape, self._sums[names[0]])
+        tapped = _tap_vectors(y, self._anchor, x, weight, bias, left_is_g, SMALL, VECTORS, *several)
         if tapped is not None and weight is not None and left_is_g:
             self._native[names[0], names[1] if bias is not None else None] = weight, bias
         return tapped
+
+    def _several(self, names: tuple[str | None, ...], shape: Sequence[int], like: Tensor) -> Sequence[Tensor | None]:
+        """Where a native tap sums the squares of several backwards, and whether another one follows."""
+        if self._once:
+            return None, None
+        if names not in self._squares:
+            self._squares[names] = like.new_zeros(shape)
+        return self._squares[names], self._more
 
     def _share(self, y: Tensor, name: str, rows: Rows, ids: Tensor) -> Tensor:
         """What an embedding gives to all samples is seen like a parameter, in whose gradient the samples are apart."""
@@ -653,9 +668,10 @@ class Capture(TorchFunctionMode):
         """Runs one backward from the output, with everything that it leads to; ``again``: another one follows."""
         assert not (again and self._once)
         self._backward, self._again = True, again
+        self._more.fill_(again)
         if z.requires_grad:
             cotangents = (cotangent.to(z.dtype),)
-            # Autocast would take the sums' products in half precision. The mode is for what checkpoints run again, which
+            # Autocast would take the products in half precision. The mode is for what checkpoints run again, which
             # restore autocast; torch.autograd.backward() would be taken for an operation itself.
             with torch.autocast(z.device.type, enabled=False), self:
                 torch.autograd.Variable._execution_engine.run_backward(
