@@ -673,7 +673,13 @@ class Capture(TorchFunctionMode):
             cotangents = (cotangent.to(z.dtype),)
             # Autocast would take the products in half precision. The mode is for what checkpoints run again, which
             # restore autocast; torch.autograd.backward() would be taken for an operation itself.
-            with torch.autocast(z.device.type, enabled=False), self:
+            device = z.device.type
+            with (
+                torch.autocast(device, enabled=False)
+                if torch.is_autocast_enabled(device)
+                else contextlib.nullcontext(),
+                self,
+            ):
                 torch.autograd.Variable._execution_engine.run_backward(
                     (z,), cotangents, again, False, (), allow_unreachable=True, accumulate_grad=True
                 )
