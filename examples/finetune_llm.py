@@ -215,12 +215,11 @@ def load_model(setup: Setup) -> nn.Module:
 def load_data(setup: Setup) -> Data:
     """Sequences to learn from and to measure on."""
     encode: llm_data.Encode = lambda text: list(text.encode())  # noqa: E731
-    end, facts = 0, []
+    facts = []
     if setup.model != "tiny":
         tokenizer = AutoTokenizer.from_pretrained(setup.model or setup.work / "model")
         encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-        end = tokenizer.eos_token_id
-    cut = functools.partial(llm_data.blocks, encode=encode, end=end, length=setup.length)
+    cut = functools.partial(llm_data.blocks, encode=encode, length=setup.length)
     if setup.texts is None:
         assert setup.new is not None and setup.old is not None
         parts = {name: cut(path.read_text().split("\n\n")) for name, path in (("new", setup.new), ("old", setup.old))}

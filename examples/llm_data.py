@@ -113,9 +113,13 @@ def read_fortunes(texts: Path) -> tuple[list[str], list[str]]:
     return fortunes[::2], fortunes[1::2]
 
 
-def blocks(texts: Iterable[str], encode: Encode, end: int, length: int) -> Tensor:
-    """Texts one after the other, each with the token ``end`` behind it, cut into sequences (N, length)."""
-    tokens = [token for text in texts for token in [*encode(text), end]]
+def blocks(texts: Iterable[str], encode: Encode, length: int) -> Tensor:
+    """Texts one after the other, an empty line between them, cut into sequences (N, length).
+
+    No end-of-text token: a chat model does not expect any there, learns within a few steps that they come, and old and
+    new text alike would seem to have become easier.
+    """
+    tokens = [token for text in texts for token in encode(text + "\n\n")]
     return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
 
 

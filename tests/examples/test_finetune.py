@@ -92,8 +92,8 @@ def test_what_is_missing_is_named_with_the_command_that_brings_it(
 
 
 def test_blocks_have_every_token_in_order(llm_data: ModuleType) -> None:
-    found = llm_data.blocks(["abc", "de"], lambda text: [ord(c) for c in text], 0, 3)
-    assert found.tolist() == [[97, 98, 99], [0, 100, 101]]  # the last, incomplete one is left out
+    found = llm_data.blocks(["abc", "de"], lambda text: [ord(c) for c in text], 4)
+    assert found.tolist() == [[97, 98, 99, 10], [10, 100, 101, 10]]  # the last, incomplete one is left out
 
 
 # ---- what the language model's example measures ----
