@@ -112,7 +112,7 @@ def load(options: argparse.Namespace) -> tuple[Any, int, list[tuple[Batch, Batch
 
         def make() -> nn.Module:
             torch.manual_seed(0)
-            return BertModel(config)
+            return BertModel(config, add_pooling_layer=False)
 
         width = config.hidden_size
     else:
@@ -124,7 +124,9 @@ def load(options: argparse.Namespace) -> tuple[Any, int, list[tuple[Batch, Batch
             return {key: found[key] for key in ("input_ids", "attention_mask")}
 
         def make() -> nn.Module:
-            return AutoModel.from_pretrained(folder, dtype=torch.float32)
+            return AutoModel.from_pretrained(
+                folder, dtype=torch.float32, add_pooling_layer=False
+            )  # it has no part here
 
         width = make().config.hidden_size
         subjects = llm_data.fortunes_by_subject(options.texts)

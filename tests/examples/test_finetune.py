@@ -218,7 +218,6 @@ def test_a_watched_run_has_prediction_and_probe(finetune_llm: ModuleType, tmp_pa
 # ---- the encoder's ----
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_the_encoders_tasks(finetune_encoder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(finetune_encoder, "TRAIN", 24)
