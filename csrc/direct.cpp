@@ -55,6 +55,7 @@ struct Reader {
   std::optional<at::Tensor> optional(PyObject* object) {
     return object == Py_None ? std::nullopt : std::optional<at::Tensor>(tensor(object));
   }
+  at::Tensor or_undefined(PyObject* object) { return object == Py_None ? at::Tensor() : tensor(object); }
   template <typename Item, typename Read>
   std::vector<Item> list(PyObject* object, Read read) {
     std::vector<Item> items;
@@ -230,9 +231,9 @@ PyObject* tap_vectors(PyObject*, PyObject* const* args, Py_ssize_t n) {
   TORCH_CHECK_TYPE(n == 10, "tap_vectors takes 10 arguments, got ", n);
   Reader read;
   const at::Tensor y = read.tensor(args[0]), anchor = read.tensor(args[1]), x = read.tensor(args[2]);
-  const Sums sums{read.optional(args[3]).value_or(at::Tensor()), read.optional(args[4]).value_or(at::Tensor())};
+  const Sums sums{read.or_undefined(args[3]), read.or_undefined(args[4])};
   const VectorsRule rule{read.boolean(args[5]), read.integer(args[6]), read.integer(args[7])};
-  const Several several{read.optional(args[8]).value_or(at::Tensor()), read.optional(args[9]).value_or(at::Tensor())};
+  const Several several{read.or_undefined(args[8]), read.or_undefined(args[9])};
   if (PyErr_Occurred()) return nullptr;
   if (!read.may_call()) Py_RETURN_NONE;
   return THPVariable_Wrap(tap_vectors(y, anchor, x, sums, rule, several));
@@ -244,17 +245,17 @@ PyObject* tap_linear(PyObject*, PyObject* const* args, Py_ssize_t n) {
   TORCH_CHECK_TYPE(n == 11, "tap_linear takes 11 arguments, got ", n);
   Reader read;
   const at::Tensor anchor = read.tensor(args[0]), x = read.tensor(args[1]), weight = read.tensor(args[2]);
-  const auto bias = read.optional(args[3]);
-  const Sums sums{read.tensor(args[4]), read.optional(args[5]).value_or(at::Tensor())};
+  const at::Tensor bias = read.or_undefined(args[3]);
+  const Sums sums{read.tensor(args[4]), read.or_undefined(args[5])};
   const int64_t samples = read.integer(args[6]);
   const VectorsRule rule{true, read.integer(args[7]), read.integer(args[8])};
-  const Several several{read.optional(args[9]).value_or(at::Tensor()), read.optional(args[10]).value_or(at::Tensor())};
+  const Several several{read.or_undefined(args[9]), read.or_undefined(args[10])};
   if (PyErr_Occurred()) return nullptr;
   if (!read.may_call() || x.dim() != 2 || x.size(0) != samples || !at::GradMode::is_enabled()) Py_RETURN_NONE;
   at::Tensor tapped;
   {
     const pybind11::gil_scoped_release no_gil;
-    const at::Tensor y = at::linear(x, weight.detach(), bias.has_value() ? bias->detach() : at::Tensor());
+    const at::Tensor y = at::linear(x, weight.detach(), bias.defined() ? bias.detach() : bias);
     tapped = tap_vectors(y, anchor, x, sums, rule, several);
   }
   return THPVariable_Wrap(tapped);

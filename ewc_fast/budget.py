@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ewc_fast.checks import check_count
 from ewc_fast.functional import check_lambda
 from ewc_fast.loss import EWCLoss
-from ewc_fast.optim.attach import check_every
 
 _SMALLEST_LAMBDA = 1e-12  # in effect 0; from 0 itself no factor leads away
 
@@ -93,7 +93,7 @@ class EWCBudget:
     ) -> None:
         if not isinstance(ewc, EWCLoss):
             raise TypeError(f"ewc must be the EWCLoss whose lambda is to be set, got {type(ewc).__name__}")
-        check_every(every)
+        check_count(every, "every")
         self.ewc = ewc
         self.max_forgetting = max_forgetting
         self.every = every

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ewc_fast.checks import check_count
 from ewc_fast.fisher import FisherDiagonal, clip, estimate_fisher
 from ewc_fast.fisher.batches import take_apart
 from ewc_fast.fisher.objectives import logits_of
@@ -134,8 +135,8 @@ def convert_lambda(
         if argument is not None and name not in convention.takes:
             raise ValueError(f"{where} has no use for {name}: leave it out")
     for name, count in (("batch_size", batch_size), ("num_samples", num_samples), ("num_tasks", num_tasks)):
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-            raise ValueError(f"{name} must be a positive integer, got {count!r}")
+        if count is not None:
+            check_count(count, name)
     if gamma is not None and check_lambda(gamma, "gamma") > 1:
         raise ValueError(f"gamma must be in [0, 1], got {gamma!r}")
     arguments = {name: given[name] for name in convention.takes}

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
+from ewc_fast.checks import check_count
 from ewc_fast.fisher.batches import Call, take, take_apart
 from ewc_fast.fisher.batches import batch_size as rows_of
 from ewc_fast.fisher.objectives import logits_of
-from ewc_fast.sequences import device_of, undisturbed, unwrapped
+from ewc_fast.layout import unwrapped
+from ewc_fast.sequences import device_of, undisturbed
 
 
 class ForgettingProbe:
@@ -74,8 +76,7 @@ class ForgettingProbe:
         num_prompt_tokens: int = 1,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("num_prompt_tokens", num_prompt_tokens)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            check_count(value, name)
         self.model = model
         self._num_prompt_tokens = num_prompt_tokens
         self._calls = [_copied(call, torch.device("cpu")) for call in _calls(samples, batch_size)]

@@ -25,6 +25,13 @@ def wrapper_prefix(module: nn.Module) -> str | None:
     return None
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, without data parallel, compiling or checkpointing wrappers around it."""
+    while (name := wrapper_prefix(model)) is not None:
+        model = getattr(model, name)
+    return model
+
+
 def own_name(model: nn.Module, name: str) -> str:
     """A parameter's name as the model itself has it: wrappers' prefixes are taken off.
 

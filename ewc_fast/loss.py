@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ewc_fast import storage
+from ewc_fast.checks import check_count
 from ewc_fast.fisher import estimate_fisher
 from ewc_fast.functional import check_lambda
 from ewc_fast.layout import Slot, module_edges, name_parameters, own_name, select_parameters
 from ewc_fast.ops import autograd, steps
 from ewc_fast.ops import penalty as ops
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
-from ewc_fast.optim.attach import NOT_IN_OPTIMIZER, AttachHandle, Attachment, check_coupling, check_every
+from ewc_fast.optim.attach import NOT_IN_OPTIMIZER, AttachHandle, Attachment, check_coupling
 from ewc_fast.optim.metrics import rates_of, step_metric
 from ewc_fast.parts import Part, PartResult, Watch, check_strided, lambda_factors, raise_with_names, split_by_grad_dtype
 from ewc_fast.state import EWCState, SlotMapping, protected_part
@@ -678,7 +679,7 @@ class EWCLoss:
                 differentiable; under ``"proximal"``: a parameter group has no learning rate.
         """
         check_coupling(coupling)
-        check_every(every)
+        check_count(every, "every")
         self._check_attachable(optimizer, coupling)
         handle = AttachHandle(self, optimizer, coupling, every)
         self._register(handle)
@@ -776,7 +777,10 @@ class EWCLoss:
 
     def is_attached(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether :meth:`attach` has been called for this optimizer, and the handle not removed."""
-        return any(handle.optimizer is optimizer for handle in self._handles)
+        return self._attachment_of(optimizer) is not None
+
+    def _attachment_of(self, optimizer: torch.optim.Optimizer) -> Attachment | None:
+        return next((handle for handle in self._handles if handle.optimizer is optimizer), None)
 
     def _is_attached(self) -> bool:
         return len(self._handles) > 0 and any(handle.optimizer is not None for handle in self._handles)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ewc_fast.fisher.modes import module_mode
 from ewc_fast.fisher.objectives import logits_of
-from ewc_fast.layout import wrapper_prefix
+from ewc_fast.layout import unwrapped
 
 _CACHES = ("cache", "past_key_values")  # transformers renamed the argument
 _WHOLE = 2.0**52  # probabilities are summed in units of 1/_WHOLE
@@ -147,13 +147,6 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, position: int) -> 
     cumulative = (probs * _WHOLE).long().cumsum(-1)
     threshold = (uniform * cumulative[:, -1]).ceil().long()
     return torch.searchsorted(cumulative, threshold[:, None])[:, 0]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, without data parallel, compiling or checkpointing wrappers around it."""
-    while (name := wrapper_prefix(model)) is not None:
-        model = getattr(model, name)
-    return model
 
 
 def device_of(model: nn.Module) -> torch.device:

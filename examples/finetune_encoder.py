@@ -20,7 +20,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib import util
 from pathlib import Path
@@ -209,6 +209,11 @@ def best_of(rows: Rows, method: str) -> Arm:
     return Arm(**max(mine, key=lambda r: r["at_the_end"])["arm"])
 
 
+def more_seeds(rows: Rows) -> list[Arm]:
+    """The best setting of each method with the other seeds."""
+    return [replace(best_of(rows, method), seed=seed) for seed in SEEDS[1:] for method in TITLES]
+
+
 def table(rows: Rows) -> str:
     """The best setting of each method, over the seeds there are, Markdown."""
     lines = ["| method | lr | lambda | at the end | when learnt | seeds |", "|---|---:|---:|---:|---:|---:|"]
@@ -272,12 +277,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
     path = options.out / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     results |= {"date": datetime.date.today().isoformat(), "machine": describe_machine(), "torch": torch.__version__}
-    planned = [arm for arm in arms() if arm.lr == 1e-4] if options.quick else arms()
-    seeds: list[Arm] = []
-    for stage in range(1 if options.quick else 2):
-        if stage:
-            seeds = [replace(best_of(results["rows"], m), seed=seed) for seed in SEEDS[1:] for m in TITLES]
-        for arm in seeds if stage else planned:
+    stages: list[Callable[[Rows], list[Arm]]] = [lambda rows: arms(), more_seeds]
+    if options.quick:
+        stages = [lambda rows: [arm for arm in arms() if arm.lr == 1e-4]]
+    for stage in stages:
+        for arm in stage(results["rows"]):
             if arm in (Arm(**r["arm"]) for r in results["rows"]):
                 continue
             if time.monotonic() > deadline:

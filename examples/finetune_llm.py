@@ -260,7 +260,7 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def _write(path: Path, save: Callable[[Path], None]) -> None:
+def _write(path: Path, save: Callable[[Path], Any]) -> None:
     unfinished = path.with_suffix(".part")
     save(unfinished)
     unfinished.rename(path)
@@ -505,7 +505,7 @@ def draw(results: dict[str, Any]) -> Figure:
 def write(results: dict[str, Any], folder: Path) -> None:
     """The results, and all that is drawn from them."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n") and None)
+    _write(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
     if not results["rows"]:
         return
     flat = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import pytest
@@ -76,22 +77,22 @@ def the_given_by_likelihood(probs: Tensor, y: int) -> dict[int, float]:
     return {y: float(probs[y])}
 
 
-class Theirs:
+class Theirs(ABC):
     """Another code base: what it keeps of each finished task, and its penalty. Subclasses are its formulas."""
 
     def __init__(self) -> None:
         self.importances: list[Tensor] = []  # of each task, or the newest alone
         self.anchors: list[Tensor] = []
 
-    def importance(self, model: nn.Module, data: Batches) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def importance(self, model: nn.Module, data: Batches) -> Tensor: ...
 
     def merged(self, new: Tensor) -> Tensor | None:
         """The one that replaces the old; None where each task keeps its own."""
         return None
 
-    def factor(self) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def factor(self) -> float: ...
 
     def end_task(self, model: nn.Module, data: Batches) -> None:
         new = self.importance(model, data)

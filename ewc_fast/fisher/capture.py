@@ -329,7 +329,7 @@ class Capture(TorchFunctionMode):
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
         self._shared: dict[int, tuple[Tensor, Rows, Tensor]] = {}
         self._squares: dict[tuple[str | None, ...], Tensor] = {}
-        self._more = torch.zeros((), dtype=torch.bool)
+        self._more = torch.zeros((), dtype=torch.bool)  # _again, where native taps read it
         self._held: dict[str, list[Tensor]] = {}
         self._held_bytes = 0
         self._backward = self._again = False

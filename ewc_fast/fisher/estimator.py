@@ -18,7 +18,7 @@ from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.fisher.fallback import NotVectorised, add_in_loop, add_vectorised
 from ewc_fast.fisher.modes import module_mode
 from ewc_fast.fisher.objectives import Objective, Target, make_objective
-from ewc_fast.layout import select_parameters, wrapper_prefix
+from ewc_fast.layout import select_parameters, unwrapped
 from ewc_fast.ops.fisher import fisher_accumulate_
 
 _LOOK_SAMPLES = 4  # of the batch, to find out where in each operation the samples lie
@@ -72,9 +72,7 @@ class FisherEstimator:
                 "no parameter of the model requires grad: call requires_grad_(True) on those to estimate for"
             )
         self.kind, self._generator = kind, generator
-        while (prefix := wrapper_prefix(model)) is not None:
-            model = model.get_submodule(prefix)
-        self._model = model
+        self._model = model = unwrapped(model)
         self.device = next(iter(selected.values())).device
         inner = {id(p): name for name, p in model.named_parameters()}
         self._inner = {name: inner[id(p)] for name, p in selected.items()}

@@ -32,7 +32,7 @@ from ewc_fast.fisher.batches import (
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.fisher.modes import module_mode
 from ewc_fast.fisher.objectives import logits_of
-from ewc_fast.layout import trainable_parameters, wrapper_prefix
+from ewc_fast.layout import trainable_parameters, unwrapped
 
 PATH_KINDS = ("si", "rwalk")
 
@@ -397,8 +397,7 @@ def _per_sample_absolute(
     Returns:
         Whether it was vectorised.
     """
-    while (prefix := wrapper_prefix(model)) is not None:  # functional_call refuses some of them
-        model = model.get_submodule(prefix)
+    model = unwrapped(model)  # functional_call refuses some wrappers
     inner_names = {id(p): name for name, p in model.named_parameters()}
     weights = {inner_names[id(p)]: p.detach() for p in params.values()}
     targets = dict(zip(weights, sums.values(), strict=True))

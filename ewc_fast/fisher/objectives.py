@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ewc_fast.checks import check_count
 from ewc_fast.fisher.batches import batch_size, take_apart
 
 KINDS = ("exact", "sampled", "empirical", "predicted", "reversed", "batch")
@@ -436,8 +437,7 @@ def make_objective(kind: str, loss: Any, transform: Transform | None, draws: int
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} does not exist: use one of {', '.join(map(repr, KINDS))}")
-    if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
-        raise ValueError(f"num_label_samples must be a positive integer, got {draws!r}")
+    check_count(draws, "num_label_samples")
     if draws != 1 and kind != "sampled":
         raise ValueError(f"num_label_samples={draws} has a meaning for kind='sampled' only; kind is {kind!r}")
     if isinstance(loss, nn.CrossEntropyLoss):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from ewc_fast.checks import check_count
 from ewc_fast.forgetting import ForgettingProbe
 from ewc_fast.loss import EWCLoss
 from ewc_fast.optim.attach import AttachHandle, Attachment, check_coupling
@@ -76,8 +77,7 @@ class EWCCallback(Callback):
         check_coupling(coupling)
         if probe is not None and not callable(probe):
             raise TypeError(f"probe must be callable without arguments, got {type(probe).__name__}")
-        if isinstance(probe_every, bool) or not isinstance(probe_every, int) or probe_every < 1:
-            raise ValueError(f"probe_every must be a positive integer, got {probe_every!r}")
+        check_count(probe_every, "probe_every")
         if estimate and consolidate is None:
             raise ValueError(f"{', '.join(estimate)}: only with consolidate=, the batches to estimate a Fisher on")
         self.ewc, self.coupling, self.probe, self.probe_every = ewc, coupling, probe, probe_every
@@ -118,7 +118,7 @@ class EWCCallback(Callback):
         protected = {id(p) for p in self.ewc.model.parameters() if p.requires_grad}
         handle: Attachment | None = None
         if any(id(p) in protected for group in optimizer.param_groups for p in group["params"]):
-            existing = next((h for h in self.ewc._handles if h.optimizer is optimizer), None)
+            existing = self.ewc._attachment_of(optimizer)
             if isinstance(existing, AttachHandle):
                 raise ValueError("ewc.attach was called for this optimizer: leave it out, EWCCallback attaches")
             if existing is None and self.coupling == "proximal":

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ewc_fast.layout import own_name
-from ewc_fast.sequences import unwrapped
+from ewc_fast.layout import own_name, unwrapped
 
 try:
     from peft import PeftModel, get_peft_model_state_dict

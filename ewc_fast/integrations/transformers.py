@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ewc_fast.budget import EWCBudget
+from ewc_fast.checks import check_count
 from ewc_fast.fisher import estimate_fisher
+from ewc_fast.layout import unwrapped
 from ewc_fast.loss import EWCLoss
-from ewc_fast.optim.attach import AttachHandle, Attachment, check_coupling, check_every
-from ewc_fast.sequences import unwrapped
+from ewc_fast.optim.attach import AttachHandle, Attachment, check_coupling
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -101,7 +102,7 @@ class EWCCallback(TrainerCallback):
             raise ValueError(f"clip must be one of {', '.join(CLIPS)}, got {clip!r}")
         if probe is not None and not callable(probe):
             raise TypeError(f"probe must be callable without arguments, got {type(probe).__name__}")
-        check_every(probe_every)
+        check_count(probe_every, "probe_every")
         if budget is not None and budget.ewc is not ewc:
             raise ValueError("budget: its EWCLoss is another one than ewc; make it with EWCBudget(ewc, ...)")
         if budget is not None and probe is not None and "ewc/measured_forgetting" in budget.logs():
@@ -266,14 +267,14 @@ class EWCCallback(TrainerCallback):
         return {**defaults, **(self._consolidate or {})}
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
-        for present in self.ewc._handles:
-            if present.optimizer is optimizer:
-                if self.coupling not in (None, present.coupling):
-                    raise ValueError(
-                        f"coupling={self.coupling!r}, but the optimizer has this penalty with {present.coupling!r} "
-                        "already: leave one out"
-                    )
-                return present
+        present = self.ewc._attachment_of(optimizer)
+        if present is not None:
+            if self.coupling not in (None, present.coupling):
+                raise ValueError(
+                    f"coupling={self.coupling!r}, but the optimizer has this penalty with {present.coupling!r} "
+                    "already: leave one out"
+                )
+            return present
         self._handle = self.ewc.attach(optimizer, self.coupling or "coupled")
         return self._handle
 

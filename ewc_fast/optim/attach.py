@@ -21,12 +21,6 @@ NOT_IN_OPTIMIZER = "none of the parameters that EWC protects is in the attached 
 SCALE_KEY = "ewc_lambda_scale"  # of a parameter group: a factor of lambda
 
 
-def check_every(every: int) -> None:
-    """Raises unless it is a number of steps."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a positive integer, got {every!r}")
-
-
 def check_coupling(coupling: str) -> None:
     """Raises unless there is such a coupling."""
     if coupling not in COUPLINGS:

@@ -165,7 +165,7 @@ def test_matches_definition(name: str, kind: str, dtype: torch.dtype, calls: lis
     assert calls
 
 
-@pytest.mark.parametrize("name", ["bias", "used twice", "checkpoint", "reentrant checkpoint"])
+@pytest.mark.parametrize("name", ["bias", "used twice", "checkpoint"])
 def test_several_labels_for_each_sample(name: str, calls: list[bool]) -> None:
     model, batches = MODELS[name](), make_batches()
     draws, generator = 3, torch.Generator().manual_seed(3)
