@@ -15,7 +15,8 @@ before. Then, around the best EWC: the proximal coupling; the Fisher of self-wri
 labels drawn from the model. Then two more seeds of the best arm of each method, and the best plain and EWC runs once
 more, watched along the way. *Best* is the lowest sum of new and old text's nats per token.
 
-Each arm is written to results.json when it is done; interrupted, it goes on where it was.
+Each arm is written to results.json when it is done; interrupted, it goes on where it was. On a GPU, --jobs 6 trains six
+arms at a time. Time and memory of each method are measured at the end, one at a time.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -63,6 +64,9 @@ from ewc_fast.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "finetune_llm"
 LORA_RANK = 16
+COST_STEPS = 20  # for time and memory
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
 TITLES = {
     "plain": "plain fine-tuning",
     "lora": f"LoRA, rank {LORA_RANK}",
@@ -98,8 +102,8 @@ class Setup:
     new: Path | None
     old: Path | None
     work: Path
-    steps: int = 100
-    batch: int = 4
+    steps: int = 150
+    batch: int = 8
     length: int = 128
     fisher_sequences: int = 256
     test_sequences: int = 64
@@ -119,6 +123,7 @@ class Arm:
         lr: AdamW's highest learning rate; it rises over ``warm_up`` steps and falls to 0.
         warm_up: A share of the steps.
         ewc_lambda: Weight of the penalty, per token.
+        stop: After this share of the steps it stops, early.
         seed: Of the order of the data.
         watched: With the probe and the prediction at every look.
     """
@@ -127,6 +132,7 @@ class Arm:
     lr: float
     warm_up: float = 0.33
     ewc_lambda: float = 0.0
+    stop: float = 1.0
     seed: int = 0
     watched: bool = False
 
@@ -135,16 +141,22 @@ class Arm:
 
 
 def first_stage() -> list[Arm]:
-    """Each method over its own grid, the methods in turn."""
-    plain = [Arm("plain", lr, warm_up) for lr in (2e-4, 4e-4, 1e-4) for warm_up in (0.33, 0.1)]
-    lora = [Arm("lora", lr, warm_up) for lr in (1e-3, 3e-3, 5e-4) for warm_up in (0.33, 0.1)]
+    """Each method over a grid of nine, the methods in turn."""
     rates = (4e-4, 2e-4, 8e-4)
+    plain = _without_penalty("plain", (4e-4, 2e-4, 8e-4, 1e-4))
+    lora = _without_penalty("lora", (1e-3, 3e-3, 5e-4, 2e-4))
+    rehearsal = _without_penalty("rehearsal", (4e-4, 8e-4, 2e-4, 1e-4))
     damped = [Arm("ewc_damped", lr, ewc_lambda=weight) for lr in rates for weight in (30.0, 10.0, 100.0)]
     ewc = [replace(arm, method="ewc") for arm in damped]
     l2sp = [Arm("l2sp", lr, ewc_lambda=weight) for lr in rates for weight in (3e-3, 1e-3, 1e-2)]
-    rehearsal = [Arm("rehearsal", lr) for lr in rates]
     grids = (plain, damped, l2sp, lora, ewc, rehearsal)
-    return [grid[i] for i in range(max(map(len, grids))) for grid in grids if i < len(grid)]
+    return [arm for arms in zip(*grids, strict=True) for arm in arms]
+
+
+def _without_penalty(method: str, rates: tuple[float, float, float, float]) -> list[Arm]:
+    """Three rates with a long and a short warm-up, two of them stopped early, and one more rate."""
+    arms = [Arm(method, lr, warm_up) for lr in rates[:3] for warm_up in (0.33, 0.1)]
+    return [*arms, *(Arm(method, lr, stop=0.66) for lr in rates[:2]), Arm(method, rates[3])]
 
 
 def second_stage(rows: Rows) -> list[Arm]:
@@ -193,9 +205,9 @@ def load_model(setup: Setup) -> nn.Module:
         config = LlamaConfig(
             vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
         )
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(config).to(DEVICE)
     if setup.model:
-        return AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float32).to(DEVICE)
     folder = setup.work / "model"
     if not folder.exists():  # taking the 4-bit file apart needs half a minute
         file = llm_data.smollm2_file()
@@ -209,11 +221,12 @@ def load_model(setup: Setup) -> nn.Module:
             tokenizer.save_pretrained(unfinished)
             os.rename(unfinished, folder)
             os.mkdir(unfinished)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
 
 
+@functools.lru_cache(1)
 def load_data(setup: Setup) -> Data:
-    """Sequences to learn from and to measure on."""
+    """Sequences to learn from and to measure on; on the CPU."""
     encode: llm_data.Encode = lambda text: list(text.encode())  # noqa: E731
     facts = []
     if setup.model != "tiny":
@@ -240,7 +253,8 @@ def own_text(setup: Setup, model: nn.Module) -> Tensor:
     path = setup.work / "own.pt"
     if not path.exists():
         count = setup.fisher_sequences + setup.test_sequences
-        _write(path, functools.partial(torch.save, sample_sequences(model, count, setup.length, _generator())))
+        own = sample_sequences(model, count, setup.length, torch.Generator().manual_seed(0)).cpu()
+        _write(path, functools.partial(torch.save, own))
     return torch.load(path)
 
 
@@ -251,13 +265,10 @@ def fisher(setup: Setup, model: nn.Module, data: Data, source: str) -> dict[str,
         text = own_text(setup, model)[: setup.fisher_sequences] if source == "own" else data.old
         kind = "sampled" if source == "sampled" else "empirical"
         loader = [{"input_ids": part, "labels": part} for part in text.split(setup.batch)]
-        estimate = estimate_fisher(model, loader, kind=kind, loss="causal_lm", generator=_generator(), progress=True)
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        estimate = estimate_fisher(model, loader, kind=kind, loss="causal_lm", generator=generator, progress=True)
         _write(path, functools.partial(save_file, dict(estimate)))
     return load_file(path)
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 def _write(path: Path, save: Callable[[Path], Any]) -> None:
@@ -275,29 +286,39 @@ def losses(model: nn.Module, sequences: Tensor, batch: int) -> Tensor:
     training = model.training
     model.eval()
     found = []
-    for part in sequences.split(batch):
+    for part in sequences.to(_device_of(model)).split(batch):
         logits = model(input_ids=part, use_cache=False).logits[:, :-1]
         each = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
         found.append(each.view(len(part), -1).mean(1))
     model.train(training)
-    return torch.cat(found)
+    return torch.cat(found).cpu()
 
 
 @torch.no_grad()
-def share_of_facts(model: nn.Module, facts: Sequence[tuple[Tensor, int]]) -> float | None:
+def share_of_facts(model: nn.Module, facts: Sequence[tuple[Tensor, int]], batch: int) -> float | None:
     """For how many the most likely next token is right."""
     if not facts:
         return None
     model.eval()
-    right = [int(model(input_ids=prompt[None]).logits[0, -1].argmax()) == first for prompt, first in facts]
-    return sum(right) / len(right)
+    right = 0
+    for begin in range(0, len(facts), batch):
+        prompts, answers = zip(*facts[begin : begin + batch], strict=True)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        ids = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(_device_of(model))
+        logits = model(input_ids=ids, use_cache=False).logits  # causal: padding at the end has no part in them
+        right += int((logits[torch.arange(len(last)), last].argmax(-1).cpu() == torch.tensor(answers)).sum())
+    return right / len(facts)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def measure(model: nn.Module, data: Data, batch: int) -> dict[str, Any]:
     """Every test's loss of each sequence, and the facts."""
     return {
         "losses": {name: losses(model, test, batch).tolist() for name, test in data.tests.items()},
-        "facts": share_of_facts(model, data.facts),
+        "facts": share_of_facts(model, data.facts, batch),
     }
 
 
@@ -322,19 +343,13 @@ def compared(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 
 class Look(TrainerCallback):
-    """Half of the tests' sequences, at some steps; watched, the prediction and the probe too; and the steps' times."""
+    """Half of the tests' sequences, at some steps; watched, the prediction and the probe too."""
 
     def __init__(self, setup: Setup, data: Data, before: dict[str, Any], watch: Callable[[], dict[str, float]]) -> None:
         self._setup, self._tests, self._before, self._watch = setup, data.tests, before["losses"], watch
         self.curve: list[dict[str, float]] = []
-        self.times: list[float] = []
-        self._began = 0.0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        self.times.append(time.perf_counter() - self._began)
         if state.global_step not in self._setup.looks:
             return
         row: dict[str, float] = {"step": state.global_step}
@@ -346,26 +361,53 @@ class Look(TrainerCallback):
         self.curve.append(row | self._watch())
 
 
-def run(setup: Setup, arm: Arm, before: dict[str, Any]) -> dict[str, Any]:
-    """One arm."""
-    data = load_data(setup)
-    model = load_model(setup)
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    ewc = None
-    if arm.ewc_lambda or arm.watched:
-        ewc = EWCLoss(model, ewc_lambda=arm.ewc_lambda, damping=0.0 if arm.method in ("plain", "ewc", "l2sp") else 0.1)
-        if arm.method == "l2sp":
-            ewc.consolidate(fisher=uniform_importance(model))
-        else:
-            source = arm.method if arm.method in ("own", "sampled") else "old"
-            ewc.consolidate(fisher=fisher(setup, model, data, source))
-    probe = ForgettingProbe(model, own_text(setup, model)[setup.fisher_sequences :]) if arm.watched else None
+class StopAfter(TrainerCallback):
+    """Stops after so many steps, whatever the learning rate's schedule has left."""
 
-    def watch() -> dict[str, float]:
-        if ewc is None or probe is None:
-            return {}
-        return {"predicted": predicted(ewc), "probe": float(probe())}
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step >= self._steps
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of each step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = _now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times.append(_now() - self._began)
+
+
+def _now() -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def penalty(setup: Setup, arm: Arm, model: nn.Module, data: Data) -> EWCLoss | None:
+    """The arm's, consolidated at the pre-trained weights; a watched arm without one has one of lambda 0, to predict."""
+    if not (arm.ewc_lambda or arm.watched):
+        return None
+    ewc = EWCLoss(model, ewc_lambda=arm.ewc_lambda, damping=0.0 if arm.method in ("plain", "ewc", "l2sp") else 0.1)
+    if arm.method == "l2sp":
+        ewc.consolidate(fisher=uniform_importance(model))
+    else:
+        source = arm.method if arm.method in ("own", "sampled") else "old"
+        ewc.consolidate(fisher=fisher(setup, model, data, source))
+    return ewc
+
+
+def train(
+    setup: Setup, arm: Arm, model: nn.Module, data: Data, ewc: EWCLoss | None, look: TrainerCallback
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Trains; returns the model, an adapter merged into it, and the Trainer's log."""
     items = data.new[:, None]
     if arm.method == "rehearsal":
         own = own_text(setup, model)[: setup.fisher_sequences]
@@ -374,12 +416,12 @@ def run(setup: Setup, arm: Arm, before: dict[str, Any]) -> dict[str, Any]:
     if arm.method == "lora":
         import peft
 
+        torch.manual_seed(arm.seed)
         trained = peft.get_peft_model(
             model,
             peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
-    look = Look(setup, data, before, watch)
-    callbacks: list[TrainerCallback] = [look]
+    callbacks = [look, StopAfter(round(arm.stop * setup.steps))]
     if ewc is not None:
         callbacks.append(EWCCallback(ewc, coupling="proximal" if arm.method == "proximal" else "coupled"))
     with tempfile.TemporaryDirectory() as folder:
@@ -395,14 +437,31 @@ def run(setup: Setup, arm: Arm, before: dict[str, Any]) -> dict[str, Any]:
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=DEVICE.type == "cpu",
             dataloader_pin_memory=False,
         )
         trainer = Trainer(trained, arguments, data_collator=_collate, train_dataset=list(items), callbacks=callbacks)
         trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if arm.method == "lora":
-        model = trained.merge_and_unload()  # type: ignore[operator]
+        trained = trained.merge_and_unload()  # type: ignore[operator]
+    return trained, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def run(setup: Setup, arm: Arm, before: dict[str, Any]) -> dict[str, Any]:
+    """One arm."""
+    data = load_data(setup)
+    model = load_model(setup)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ewc = penalty(setup, arm, model, data)
+    probe = ForgettingProbe(model, own_text(setup, model)[setup.fisher_sequences :]) if arm.watched else None
+
+    def watch() -> dict[str, float]:
+        if ewc is None or probe is None:
+            return {}
+        return {"predicted": predicted(ewc), "probe": float(probe())}
+
+    look = Look(setup, data, before, watch)
+    model, log = train(setup, arm, model, data, ewc, look)
     distance = sum(float((p.detach() - start[name]).double().square().sum()) for name, p in model.named_parameters())
     return {
         "arm": asdict(arm),
@@ -410,10 +469,24 @@ def run(setup: Setup, arm: Arm, before: dict[str, Any]) -> dict[str, Any]:
         "distance": distance**0.5,
         "predicted": None if ewc is None or arm.method == "l2sp" else predicted(ewc),
         "curve": look.curve,
-        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
-        "seconds_per_step": statistics.median(look.times),
-        "peak_mib": peak,
+        "log": log,
     }
+
+
+def cost(setup: Setup, arm: Arm) -> dict[str, float]:
+    """Seconds of a step, and the memory's peak over some steps, model and optimizer included; alone in a process."""
+    data = load_data(setup)
+    model = load_model(setup)
+    ewc = penalty(setup, arm, model, data)
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    watch = Stopwatch()
+    train(replace(setup, steps=min(COST_STEPS, setup.steps)), arm, model, data, ewc, watch)
+    if DEVICE.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds_per_step": statistics.median(watch.times), "peak_mib": peak}
 
 
 @torch.no_grad()
@@ -428,10 +501,13 @@ def _collate(items: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def measure_before(setup: Setup) -> dict[str, Any]:
-    """The pre-trained model."""
-    model = load_model(setup)
-    return measure(model, load_data(setup), setup.batch)
+def prepare(setup: Setup, measured: bool) -> dict[str, Any] | None:
+    """What all arms share, written to the work folder; measures the pre-trained model if that is not done yet."""
+    model, data = load_model(setup), load_data(setup)
+    own_text(setup, model)
+    for source in ("old", "own", "sampled"):
+        fisher(setup, model, data, source)
+    return None if measured else measure(model, data, setup.batch)
 
 
 # ---- the report ----
@@ -441,26 +517,43 @@ def table(results: dict[str, Any]) -> str:
     """The best arm of each method, Markdown; with several seeds their means."""
     rows: Rows = results["rows"]
     tests = [name for name in TESTS if name in results["before"]["losses"]]
-    header = ["", "lr", "warm-up", "lambda", *(TESTS[n] for n in tests), "facts", "s per step", "MiB", "arms", "seeds"]
+    header = [
+        "",
+        "lr",
+        "warm-up",
+        "stop",
+        "lambda",
+        *(TESTS[n] for n in tests),
+        "facts",
+        "ms per step",
+        "MiB",
+        "arms",
+        "seeds",
+    ]
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     cells = [f"{mean_and_error(results['before']['losses'][n])[0]:.3f}" for n in tests]
     facts = results["before"]["facts"]
-    lines.append(f"| before | | | | {' | '.join(cells)} | {'' if facts is None else f'{facts:.3f}'} | | | | |")
+    lines.append(f"| before | | | | | {' | '.join(cells)} | {'' if facts is None else f'{facts:.3f}'} | | | | |")
     for method, title in TITLES.items():
         mine = [r for r in rows if r["arm"]["method"] == method and not r["arm"]["watched"]]
         if not mine:
             continue
         best = best_of(rows, method)
         same = [r for r in mine if replace(arm_of(r), seed=0) == best]
-        cells = [f"{best.lr:g}", f"{best.warm_up:.0%}", f"{best.ewc_lambda:g}" if best.ewc_lambda else ""]
+        cells = [
+            f"{best.lr:g}",
+            f"{best.warm_up:.0%}",
+            f"{best.stop:.0%}",
+            f"{best.ewc_lambda:g}" if best.ewc_lambda else "",
+        ]
         for name in tests:
             mean, change, error = (
                 statistics.fmean(r["tests"][name][key] for r in same) for key in ("mean", "change", "change_error")
             )
             cells.append(f"{mean:.3f} ({change:+.3f} ± {error:.3f})")
         cells.append("" if same[0]["facts"] is None else f"{statistics.fmean(r['facts'] for r in same):.3f}")
-        cells.append(f"{statistics.median(r['seconds_per_step'] for r in mine):.1f}")
-        cells.append(f"{statistics.median(r['peak_mib'] for r in mine):.0f}")
+        used = results.get("costs", {}).get(method)
+        cells += ["", ""] if used is None else [f"{1000 * used['seconds_per_step']:.0f}", f"{used['peak_mib']:.0f}"]
         cells += [str(len({replace(arm_of(r), seed=0) for r in mine})), str(len(same))]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -512,7 +605,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
         {
             **row["arm"],
             **{f"{name} {key}": value for name, test in row["tests"].items() for key, value in test.items()},
-            **{key: row[key] for key in ("facts", "distance", "predicted", "seconds_per_step", "peak_mib")},
+            **{key: row[key] for key in ("facts", "distance", "predicted")},
         }
         for row in results["rows"]
     ]
@@ -527,12 +620,34 @@ def write(results: dict[str, Any], folder: Path) -> None:
 # ---- the command ----
 
 
-def called(apart: bool, function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Calls it, ``apart`` in a process of its own: only so can its memory be told."""
-    if not apart:
-        return function(*arguments)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+class Here(Executor):
+    """Calls at once, in this process."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def processes(quick: bool, count: int = 1) -> Executor:
+    """To call in: ``count`` other processes, or this one."""
+    return Here() if quick else ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+
+
+def run_all(
+    pool: Executor, jobs: int, setup: Setup, arms: Iterable[Arm], before: dict[str, Any], deadline: float
+) -> Iterator[dict[str, Any]]:
+    """Runs ``jobs`` arms at a time, and begins none after the deadline; yields each result as it comes."""
+    queue = iter(arms)
+    running: set[Future[dict[str, Any]]] = set()
+    while True:
+        while len(running) < jobs and time.monotonic() < deadline and (arm := next(queue, None)) is not None:
+            running.add(pool.submit(run, setup, arm, before))
+        if not running:
+            return
+        finished, running = wait(running, return_when=FIRST_COMPLETED)
+        for future in finished:
+            yield future.result()
 
 
 def setup_of(options: argparse.Namespace) -> Setup:
@@ -570,6 +685,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to, and to go on from")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "ewc_fast_finetune_llm")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no arm later than this")
+    parser.add_argument("--jobs", type=int, default=1, help="arms at a time: a small model leaves most of a GPU idle")
     parser.add_argument("--quick", action="store_true", help="a tiny model, a few steps: seconds, to see it work")
     options = parser.parse_args(None if arguments is None else list(arguments))
     deadline = time.monotonic() + 60 * options.minutes
@@ -582,26 +698,32 @@ def main(arguments: Iterable[str] | None = None) -> None:
     if results.setdefault("setup", kept) != kept:
         raise SystemExit(f"{path} has results of {results['setup']}, not of {kept}: choose another --out")
     results |= {"date": datetime.date.today().isoformat(), "machine": describe_machine(), "torch": torch.__version__}
-    if "before" not in results:
-        results["before"] = called(not options.quick, measure_before, setup)
-        write(results, options.out)
+    with processes(options.quick) as pool:
+        before = pool.submit(prepare, setup, "before" in results).result()
+    results.setdefault("before", before)
 
     stages: list[Callable[[Rows], list[Arm]]] = [lambda rows: first_stage(), second_stage, third_stage]
     if options.quick:
         stages = [lambda rows: quick_arms()]
-    for stage in stages:
-        for arm in stage(results["rows"]):
-            if arm in map(arm_of, results["rows"]):
-                continue
-            if time.monotonic() > deadline:
+    with processes(options.quick, options.jobs) as pool:
+        for stage in stages:
+            done = [arm_of(row) for row in results["rows"]]
+            missing = [arm for arm in stage(results["rows"]) if arm not in done]
+            for row in run_all(pool, options.jobs, setup, list(missing), results["before"], deadline):
+                results["rows"].append(row)
+                write(results, options.out)
+                missing.remove(arm_of(row))
+                tests = ", ".join(f"{name} {t['mean']:.3f} ({t['change']:+.3f})" for name, t in row["tests"].items())
+                print(f"{arm_of(row)}: {tests}, facts {row['facts']}", flush=True)
+            if missing:
                 print("call again to go on")
                 return
-            began = time.monotonic()
-            results["rows"].append(called(not options.quick, run, setup, arm, results["before"]))
+    costs = results.setdefault("costs", {})
+    for method in TITLES:
+        if method not in costs:
+            with processes(options.quick) as pool:
+                costs[method] = pool.submit(cost, setup, best_of(results["rows"], method)).result()
             write(results, options.out)
-            row = results["rows"][-1]
-            tests = ", ".join(f"{name} {t['mean']:.3f} ({t['change']:+.3f})" for name, t in row["tests"].items())
-            print(f"{arm}: {tests}, facts {row['facts']}, {time.monotonic() - began:.0f} s", flush=True)
     print(table(results))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
-GPU_STAGES = ("tests-gpu", "tests-devices", "bench", "sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-initcheck")
-STAGES = ("build", "selection", *GPU_STAGES, "ncu")
+GPU_STAGES = (
+    "tests-gpu",
+    "bench",
+    "bench-optimizers",
+    "sanitizer-memcheck",
+    "sanitizer-racecheck",
+    "sanitizer-initcheck",
+)
+STAGES = ("build", *GPU_STAGES, "ncu")
 
 NVIDIA_SMI = """
 for argument in "$@"; do
@@ -35,10 +43,9 @@ case "$*" in
   *torch.__version__*) echo "${FAKE_TORCH-2.99.0+cu999}";;
   *is_available*) echo "${FAKE_CUDA-True}";;
   *"import numpy, pytest"*) exit "${FAKE_NO_PYTEST-0}";;
-  "setup.py build_ext --inplace") act "${FAKE_BUILD-}";;
+  "setup.py egg_info build_ext --inplace") act "${FAKE_BUILD-}";;
   "-m ewc_fast bench"*) act "${FAKE_BENCH-}"; mkdir -p "${@: -1}"; echo "{}" >"${@: -1}/results.json";;
   *--collect-only*) echo "33/900 tests collected";;
-  *tests/ops/test_devices.py) act "${FAKE_DEVICES-}"; echo "46 passed in 9s";;
   *pytest*) act "${FAKE_TESTS-}"; echo "33 passed in 9s";;
   benchmarks/gpu/penalty_passes.py*) echo 131072.0;;
   *) echo "not expected: $*"; exit 99;;
@@ -106,8 +113,9 @@ def test_all_stages_pass(tools: Path, tmp_path: Path) -> None:
     text = (out / "summary.txt").read_text()
     assert all(name in text for name in STAGES)
     assert (out / "bench" / "results.json").exists() and (out / "sanitizer-racecheck.log").exists()
-    assert "|cuda|setup.py build_ext --inplace" in log
-    assert "-m gpu tests\n" in log
+    assert "|cuda|setup.py egg_info build_ext --inplace" in log
+    assert re.search(r"-m gpu .*tests/ops/test_devices\.py", log)
+    assert "bench --optimizers --device cuda --workload llama_1b" in log
     assert "--device cuda --workloads gpt2_48m,gpt2_small,llama_1b,many_tiny --steps" in log
     for tool in ("memcheck", "racecheck", "initcheck"):
         assert f"[1] --tool {tool} --error-exitcode 9" in log
@@ -177,7 +185,11 @@ def test_without_a_gpu(tools: Path, tmp_path: Path) -> None:
     install(tools, nvidia_smi="echo 'NVIDIA-SMI has failed'; exit 9\n")
     ran, log = run(tools, tmp_path)
     assert ran.returncode == 0 and "|cpu|setup.py" in log
-    assert outcomes(tmp_path) == {**dict.fromkeys(STAGES, "skipped"), "build": "passed", "selection": "passed"}
+    assert outcomes(tmp_path) == {
+        "build": "passed",
+        "selection": "passed",
+        **dict.fromkeys((*GPU_STAGES, "ncu"), "skipped"),
+    }
     assert all(summary(tmp_path)[name]["detail"].startswith("no GPU") for name in (*GPU_STAGES, "ncu"))
 
 
@@ -196,7 +208,7 @@ def test_a_missing_tool(tools: Path, tmp_path: Path, name: str) -> None:
 def test_without_pytest(tools: Path, tmp_path: Path) -> None:
     ran, _ = run(tools, tmp_path, FAKE_NO_PYTEST="1")
     assert ran.returncode == 0
-    for name in ("selection", "tests-gpu", "tests-devices"):
+    for name in ("selection", "tests-gpu"):
         assert summary(tmp_path)[name]["detail"] == "pip install pytest numpy"
 
 

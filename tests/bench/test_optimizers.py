@@ -18,7 +18,14 @@ TINY = Workload("tiny", "two tensors", ((5, 7), (3,)))
 
 @pytest.mark.parametrize("name", WAYS)
 def test_steps_are_the_formulas(name: str, backend: str) -> None:
-    check(WAYS[name], backend)
+    check(WAYS[name], backend=backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.native
+@pytest.mark.parametrize("name", WAYS)
+def test_steps_are_the_formulas_on_a_gpu(name: str) -> None:
+    check(WAYS[name], "cuda")
 
 
 @pytest.mark.parametrize("name", ["ewc_adamw_coupled", "ewc_sgd_proximal"])

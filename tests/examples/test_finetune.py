@@ -122,8 +122,9 @@ def test_facts_count_the_most_likely_next_token(finetune_llm: ModuleType, tmp_pa
     prompts = [torch.randint(256, (n,)) for n in (3, 4, 5, 6)]
     said = [int(model(input_ids=prompt[None]).logits[0, -1].argmax()) for prompt in prompts]
     facts = [(prompt, token + (i == 1)) for i, (prompt, token) in enumerate(zip(prompts, said, strict=True))]
-    assert finetune_llm.share_of_facts(model, facts) == 0.75
-    assert finetune_llm.share_of_facts(model, []) is None
+    for batch in (1, 3, 4):
+        assert finetune_llm.share_of_facts(model, facts, batch) == 0.75
+    assert finetune_llm.share_of_facts(model, [], 1) is None
 
 
 def test_changes_have_the_error_of_the_differences(finetune_llm: ModuleType) -> None:
@@ -142,13 +143,13 @@ def _row(finetune_llm: ModuleType, arm: Any, new: float, old: float) -> dict[str
         n: {"mean": m, "error": 0.1, "change": m - 4, "change_error": 0.1} for n, m in (("new", new), ("old", old))
     }
     row = {"arm": finetune_llm.asdict(arm), "tests": tests, "facts": 0.5, "distance": 1.0, "predicted": None}
-    return row | {"curve": [], "log": [], "seconds_per_step": 1.0, "peak_mib": 100.0}
+    return row | {"curve": [], "log": []}
 
 
 def test_the_stages_follow_the_best_arm(finetune_llm: ModuleType) -> None:
     first = finetune_llm.first_stage()
     counts = {method: sum(arm.method == method for arm in first) for method in finetune_llm.TITLES}
-    assert counts == dict(zip(finetune_llm.TITLES, (6, 6, 9, 9, 9, 3, 0, 0, 0), strict=True))
+    assert counts == dict(zip(finetune_llm.TITLES, (9, 9, 9, 9, 9, 9, 0, 0, 0), strict=True))
     assert len(set(first)) == len(first)
     rows = [_row(finetune_llm, arm, 3.0, 4.0 + i * 0.01) for i, arm in enumerate(first)]
     best = next(row for row in rows if row["arm"]["method"] == "ewc_damped" and row["arm"]["ewc_lambda"] == 10.0)
@@ -187,6 +188,8 @@ def test_a_run_of_every_method_and_of_those_that_are_missing(
     assert len({round(mean, 6) for mean in means.values()}) == len(means), means  # and none as another
     assert rows["l2sp"]["distance"] < rows["plain"]["distance"]
     assert all(len(row["curve"]) >= 3 and row["log"] for row in rows.values())
+    assert results["costs"].keys() == rows.keys()
+    assert all(used["seconds_per_step"] > 0 and used["peak_mib"] > 1 for used in results["costs"].values())
     for name in ("arms.csv", "table.md", "learnt_and_forgotten.png"):
         assert (tmp_path / "out" / name).stat().st_size > 100
 
@@ -203,7 +206,7 @@ def test_a_run_of_every_method_and_of_those_that_are_missing(
 @pytest.mark.filterwarnings("ignore")
 def test_a_watched_run_has_prediction_and_probe(finetune_llm: ModuleType, tmp_path: Path) -> None:
     setup = _setup(finetune_llm, tmp_path)
-    before = finetune_llm.measure_before(setup)
+    before = finetune_llm.prepare(setup, measured=False)
     row = finetune_llm.run(setup, finetune_llm.Arm("plain", 1e-3, watched=True), before)
     predicted, probed = ([point[key] for point in row["curve"]] for key in ("predicted", "probe"))
     assert predicted[0] == 0 and probed[0] == pytest.approx(0, abs=1e-6)  # the first step's learning rate is 0
@@ -211,6 +214,11 @@ def test_a_watched_run_has_prediction_and_probe(finetune_llm: ModuleType, tmp_pa
     assert row["predicted"] > row["curve"][-1]["predicted"]
     plain = finetune_llm.run(setup, finetune_llm.Arm("plain", 1e-3), before)
     assert row["tests"] == plain["tests"]  # watching changes nothing
+    stopped = finetune_llm.run(setup, finetune_llm.Arm("plain", 1e-3, stop=0.34), before)
+    assert [point["step"] for point in stopped["curve"]] == [1, 2]
+    assert stopped["curve"] == [
+        {k: v for k, v in point.items() if k not in ("predicted", "probe")} for point in row["curve"][:2]
+    ]
     text = finetune_llm.watched_table([row, plain])
     assert text.count("plain fine-tuning") == len(row["curve"])
 
