@@ -298,7 +298,7 @@ class Capture(TorchFunctionMode):
     Args:
         leaves: The parameters by name, as the model holds them meanwhile.
         sums: Where the squares go, by name.
-        status: What is known of each parameter: a layout, or ``UNCOVERED``; changed.
+        status: What is known of each parameter: a layout or ``UNCOVERED``; changed.
         embedded: Of embeddings of a list of numbers, whether those were one for each sample or shared by all; changed.
         often: Parameters that have been used several times in one forward; grows.
         native: Sums of the squares of linear layers that have been tapped in C++, by weight and bias; changed.
@@ -334,6 +334,7 @@ class Capture(TorchFunctionMode):
         self._held_bytes = 0
         self._backward = self._again = False
         self._moved = False
+        self.without_graph = False  # in the forward, a parameter was used with grad disabled: a reentrant checkpoint
         self.verified: set[str] = set()
         self.factors: Tensor | None = None  # looking: of each sample's cotangent, against the backward before
         self.candidates: dict[str, set[str]] = {}
@@ -366,7 +367,9 @@ class Capture(TorchFunctionMode):
             with self:
                 return _body(func)(*args, **kwargs)
         result = func(*args, **kwargs)
-        if torch.is_grad_enabled() and _needs_grad(result) and not any(result is a for a in args):
+        if not torch.is_grad_enabled():
+            self.without_graph |= not self._backward and isinstance(result, Tensor)
+        elif _needs_grad(result) and not any(result is a for a in args):
             self._uncover(found)
         return result
 
@@ -447,7 +450,6 @@ class Capture(TorchFunctionMode):
                 "the model uses its parameters in a way that the first batches did not show: give it batches of one "
                 "sample"
             )
-        self._native.clear()
         raise StatusChanged
 
     def _tapped(self, y: Tensor, uses: Mapping[str, Any]) -> Tensor | None:
@@ -464,6 +466,8 @@ class Capture(TorchFunctionMode):
             names.append(name)
             rules.append(rule)
             xs.append(x)
+        graph = torch.is_grad_enabled()
+        self.without_graph |= not graph and not self._backward
         if self._moved or not names:
             return None
         if len(names) == 1 and isinstance(rules[0], Rows) and self._size > 1:
@@ -491,7 +495,7 @@ class Capture(TorchFunctionMode):
             self._lengths.update(y.shape[:-1])
         if not self._backward:  # also without a graph: reentrant checkpoints make theirs in the backward
             self._count_uses(names)
-        if not torch.is_grad_enabled():
+        if not graph:
             return y
         of_vectors = [rule for rule in rules if isinstance(rule, OfVectors) and rule.is_of_vectors(y)]
         only_vectors = len(of_vectors) == len(rules)
@@ -694,6 +698,7 @@ class Uses(TorchFunctionMode):
         super().__init__()
         self._names = {id(t): name for name, t in leaves.items()}
         self.count = dict.fromkeys(leaves, 0)
+        self.without_graph = False  # one was used with grad disabled: a reentrant checkpoint
 
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -702,6 +707,7 @@ class Uses(TorchFunctionMode):
             for t in _tensors(args, kwargs):
                 if id(t) in self._names:
                     self.count[self._names[id(t)]] += 1
+                    self.without_graph |= not torch.is_grad_enabled()
         return result
 
 

@@ -95,6 +95,7 @@ class FisherEstimator:
         self._often: set[str] = set()
         self._native: dict[tuple[str | None, str | None], tuple[Tensor, Tensor | None]] = {}
         self._vectorised = self._changes_inputs = True  # until a call has shown that they need not be copied
+        self._reentrant = False  # until a parameter is used with grad disabled, as in reentrant checkpoints
         self._methods: set[str] = set()
         self.num_samples = self.num_terms = self._largest = self._batches = 0
         self._checked = 0  # batches after which all sums were finite
@@ -130,19 +131,23 @@ class FisherEstimator:
             if inner in self._outer:
                 self._params[self._outer[inner]] = held[attribute]
             elif isinstance(held[attribute], nn.Parameter):
-                self._frozen[inner] = held[attribute].detach()
+                self._frozen[inner] = held[attribute]
             elif inner not in self._buffers:
                 self._buffers[inner] = held[attribute].detach().clone()
 
     @contextmanager
-    def _swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    def _swapped(self, weights: Mapping[str, Tensor], *, vectorised: bool = False) -> Iterator[None]:
         """``weights`` in place of the parameters of these names, the others detached.
 
-        Also around a backward: checkpoints run the model again there.
+        Also around a backward: checkpoints run the model again there. A reentrant one drops all gradients if its inputs
+        need none: then the others, too, have a graph, as they have in training.
         """
-        tensors = {**self._frozen, **self._buffers}
+        other = _with_graph if self._reentrant and not vectorised else Tensor.detach
+        tensors = dict(self._buffers)
+        for inner, p in self._frozen.items():
+            tensors[inner] = other(p)
         for name, p in self._params.items():
-            tensors[self._inner[name]] = weights[name] if name in weights else p.detach()
+            tensors[self._inner[name]] = weights[name] if name in weights else other(p)
         before = [(held, attribute, held[attribute]) for held, attribute, _ in self._places]
         try:
             for held, attribute, name in self._places:
@@ -162,7 +167,7 @@ class FisherEstimator:
 
     def _run(self, weights: Mapping[str, Tensor], batch: Any) -> Tensor:
         """The objective's output with ``weights`` in place of the parameters of these names."""
-        with self._swapped(weights):
+        with self._swapped(weights, vectorised=True):
             return self._output(batch)
 
     def update(self, batch: Any) -> None:
@@ -194,7 +199,11 @@ class FisherEstimator:
         if not size:
             return
         if self.kind == "batch" or size == 1:
-            terms = self._add_whole(batch)
+            try:
+                terms = self._add_whole(batch)
+            except StatusChanged:
+                self._read_model()  # of which the forward may have changed buffers
+                terms = self._add_whole(batch)
             self._methods.add("batch" if self.kind == "batch" else "hooks")
         else:
             terms = self._add_per_sample(batch, size)
@@ -253,6 +262,12 @@ class FisherEstimator:
             yield current, following is not None
             current = following
 
+    def _was_without_graph(self, watched: Capture | Uses) -> bool:
+        """Whether a forward has shown for the first time that a parameter is used with grad disabled."""
+        new = watched.without_graph and not self._reentrant
+        self._reentrant |= new
+        return new
+
     def _add_whole(self, batch: Any) -> int:
         """One gradient for the whole batch, each parameter's squared and freed as it becomes ready."""
         leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
@@ -284,6 +299,8 @@ class FisherEstimator:
         with self._swapped(leaves):
             with uses:
                 z = self._output(batch)
+            if self._was_without_graph(uses) and self._frozen:
+                raise StatusChanged
             target = self._target(z, batch)
             if z.requires_grad:
                 for cotangent, more in self._cotangents(z, target):
@@ -301,6 +318,7 @@ class FisherEstimator:
             try:
                 return self._add_captured(batch, size)
             except StatusChanged:
+                self._read_model()
                 self._look(batch, size)
         raise RuntimeError("the model uses its parameters differently at every call: give it batches of one sample")
 
@@ -314,11 +332,28 @@ class FisherEstimator:
     def _look(self, batch: Any, size: int) -> None:
         """Finds out which parameters the rules cover, and where in their operations the samples lie.
 
-        Two backwards of a few samples: in the second each sample's cotangent is multiplied by a power of two of its
-        own. So must be the gradients at each operation, which tells where the sample lies there.
+        On a few samples, and on others where those leave it open.
         """
+        self._native.clear()
         few = min(size, _LOOK_SAMPLES)
-        part = take(batch, slice(0, few), size)
+        unclear: dict[str, str] = {}
+        for start in range(0, size, few)[:_MAX_LOOKS]:
+            first = min(start, size - few)
+            now = self._look_at(take(batch, slice(first, first + few), size), few)
+            unclear = now | {name: status for name, status in unclear.items() if name not in self._status}
+            if not unclear:
+                return
+        self._status.update(unclear)
+
+    def _look_at(self, part: Any, few: int) -> dict[str, str]:
+        """Two backwards: in the second each sample's cotangent is multiplied by a power of two of its own.
+
+        So must be the gradients at each operation, which tells where the sample lies there.
+
+        Returns:
+            Parameters that other samples may tell more of, and the status that they get if none does.
+        """
+        before = dict(self._status)
         buffers = {name: b.clone() for name, b in self._buffers.items()}
         leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
         capture = self._capture(leaves, few, once=False, looking=True)
@@ -334,22 +369,31 @@ class FisherEstimator:
         except torch.OutOfMemoryError:
             raise
         except (StatusChanged, RuntimeError, ValueError, TypeError, IndexError):  # not to be run in this way
+            self._was_without_graph(capture)
             self._status.update(dict.fromkeys(self._params, UNCOVERED))
-            return
+            return {}
         finally:
             self._buffers = buffers
-        candidates, verified = capture.candidates, capture.verified
+        if self._was_without_graph(capture) and self._frozen:
+            self._status = before
+            return self._look_at(part, few)
         for name in capture.out_of_sight():
             self._status[name] = UNCOVERED
-        for name, layouts in candidates.items():
-            if self._status.get(name) == UNCOVERED:
+        unclear = {}
+        for name, layouts in capture.candidates.items():
+            known = self._status.get(name)
+            if known == UNCOVERED or known in layouts:
                 continue
-            if name in verified and len(layouts) == 1:
-                self._status[name] = next(iter(layouts))
-                continue
-            self._looks[name] = self._looks.get(name, 0) + 1
-            if not layouts or self._looks[name] >= _MAX_LOOKS:  # else its gradient was zero, or told nothing
-                self._status[name] = UNCOVERED
+            if name in capture.verified:
+                if len(layouts) == 1:
+                    self._status[name] = next(iter(layouts))
+                elif layouts:
+                    unclear[name] = UNCOVERED
+                else:
+                    self._status[name] = UNCOVERED
+            else:
+                unclear[name] = UNCOVERED  # its gradient was zero
+        return unclear
 
     def _add_captured(self, batch: Any, size: int) -> int:
         covered = self._covered()
@@ -359,6 +403,8 @@ class FisherEstimator:
         with self._swapped(leaves):
             with capture:
                 z = self._output(batch)
+            if self._was_without_graph(capture):
+                raise StatusChanged
             target = self._target(z, batch)
             self._methods.add("hooks" if covered else "vmap")
             for cotangent, more in self._cotangents(z, target):
@@ -463,6 +509,7 @@ class FisherEstimator:
             "methods": sorted(self._methods),
             "settings": self._objective.settings(),
             "status": [dict(self._status), dict(self._looks), dict(self._embedded)],
+            "reentrant": self._reentrant,
             "generator": None if self._generator is None else self._generator.get_state(),
         }
 
@@ -497,7 +544,21 @@ class FisherEstimator:
         self._checked = 0
         self._methods = set(state["methods"])
         self._status, self._looks, self._embedded = (dict(known) for known in state["status"])
+        self._reentrant = bool(state.get("reentrant", False))
         self._native.clear()
+
+
+def _with_graph(p: Tensor) -> Tensor:
+    """A copy for a forward, whose gradient is dropped where ``p`` has one."""
+    if not p.requires_grad:
+        return p.detach()
+    leaf = p.detach().requires_grad_()
+    leaf.register_post_accumulate_grad_hook(_drop_gradient)
+    return leaf
+
+
+def _drop_gradient(leaf: Tensor) -> None:
+    leaf.grad = None
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class Operations(nn.Module):
 class Checkpointed(Net):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
-        self.reentrant, self.middle = reentrant, nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU())
+        self.reentrant, self.middle = reentrant, nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.SiLU())
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
@@ -165,7 +165,7 @@ def test_matches_definition(name: str, kind: str, dtype: torch.dtype, calls: lis
     assert calls
 
 
-@pytest.mark.parametrize("name", ["bias", "used twice", "checkpoint"])
+@pytest.mark.parametrize("name", ["bias", "used twice", "checkpoint", "reentrant checkpoint"])
 def test_several_labels_for_each_sample(name: str, calls: list[bool]) -> None:
     model, batches = MODELS[name](), make_batches()
     draws, generator = 3, torch.Generator().manual_seed(3)
@@ -174,6 +174,90 @@ def test_several_labels_for_each_sample(name: str, calls: list[bool]) -> None:
         model, batches, kind="sampled", num_label_samples=draws, generator=torch.Generator().manual_seed(3)
     )
     assert_fisher(fisher, brute_force.fisher(model, batches, "sampled", drawn=labels), TOLERANCE[torch.float32])
+    assert calls
+
+
+class BeforeCheckpoint(nn.Module):
+    """What comes before a reentrant checkpoint decides whether its layers get a gradient."""
+
+    def __init__(self, before: nn.Module, plain_size: int = 0) -> None:
+        super().__init__()
+        self.before, self.last, self.plain, self.plain_size = before, nn.Linear(6, CLASSES), False, plain_size
+        self.middle = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        if self.plain or len(x) == self.plain_size:
+            return self.last(self.middle(h))
+        return self.last(checkpoint(self.middle, h, use_reentrant=True))
+
+
+class Scale(nn.Module):
+    """No rule covers it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.exp()
+
+
+def without_checkpoint(model: BeforeCheckpoint) -> BeforeCheckpoint:
+    model = copy.deepcopy(model)
+    model.plain = True
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap")
+@pytest.mark.parametrize("draws", [1, 3])
+def test_uncovered_before_a_reentrant_checkpoint(draws: int, calls: list[bool]) -> None:
+    model, batches = BeforeCheckpoint(Scale()), make_batches()
+    plain = without_checkpoint(model)
+    labels = brute_force.draw(plain, batches, num_label_samples=draws, generator=torch.Generator().manual_seed(3))
+    fisher = estimate_fisher(
+        model, batches, kind="sampled", num_label_samples=draws, generator=torch.Generator().manual_seed(3)
+    )
+    assert_fisher(fisher, brute_force.fisher(plain, batches, "sampled", drawn=labels), TOLERANCE[torch.float32])
+    assert fisher.info.method == "loop"
+    assert calls  # the checkpoint's layers are covered
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # until the estimator has seen why
+@pytest.mark.parametrize("kind", ["empirical", "batch"])
+@pytest.mark.parametrize("size", [1, 6])
+@pytest.mark.parametrize("before", [lambda: nn.Linear(5, 5), Scale], ids=["covered", "uncovered"])
+def test_not_estimated_before_a_reentrant_checkpoint(before: Callable[[], nn.Module], size: int, kind: str) -> None:
+    model = BeforeCheckpoint(before())
+    batches = [(torch.randn(size, 5), torch.randint(CLASSES, (size,))) for _ in range(3)]
+    expected = brute_force.fisher(without_checkpoint(model), batches, kind)
+    fisher = estimate_fisher(model, batches, kind=kind, params=["middle.*", "last.*"])
+    assert_fisher(fisher, {name: expected[name] for name in fisher}, TOLERANCE[torch.float32])
+    assert len(fisher) == 6
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("params", [None, ["middle.*", "last.*"]], ids=["all", "some"])
+def test_reentrant_checkpoint_only_later(params: list[str] | None, calls: list[bool]) -> None:
+    model, batches = BeforeCheckpoint(Scale(), plain_size=6), make_batches()
+    expected = brute_force.fisher(without_checkpoint(model), batches, "empirical")
+    fisher = estimate_fisher(model, batches, kind="empirical", params=params)
+    assert_fisher(fisher, {name: expected[name] for name in fisher}, TOLERANCE[torch.float32])
+    assert calls
+
+
+def test_zero_gradient_in_the_first_samples(calls: list[bool]) -> None:
+    """Others of the batch tell where the samples lie."""
+    model, (x, labels) = Net(torch.relu, bias=False), (torch.rand(6, 5), torch.randint(CLASSES, (6,)))
+    with torch.no_grad():
+        model.first.weight.abs_()
+    x[:4].neg_()
+    fisher = estimate_fisher(model, [(x, labels)], kind="empirical")
+    assert_fisher(fisher, reference.fisher(model, [(x, labels)], "empirical"), TOLERANCE[torch.float32])
+    assert fisher.info.method == "hooks"
     assert calls
 
 
