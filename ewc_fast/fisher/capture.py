@@ -37,6 +37,7 @@ from ewc_fast.ops.native import direct
 _tap_vectors, _tap_linear = direct("tap_vectors"), direct("tap_linear")
 
 UNCOVERED = "uncovered"
+SILENT = "silent"  # no gradient so far: out of the output's reach, or zero; whether that stays so is listened for
 SINGLE, SHARED = "one for each sample", "shared by all samples"
 # Where the samples lie: in dimension 0 or 1, or in blocks or steps of a flattened dimension 0.
 LAYOUTS = ("rows", "columns", "blocks", "steps")
@@ -298,7 +299,7 @@ class Capture(TorchFunctionMode):
     Args:
         leaves: The parameters by name, as the model holds them meanwhile.
         sums: Where the squares go, by name.
-        status: What is known of each parameter: a layout or ``UNCOVERED``; changed.
+        status: What is known of each parameter: a layout, ``UNCOVERED`` or ``SILENT``; changed.
         embedded: Of embeddings of a list of numbers, whether those were one for each sample or shared by all; changed.
         often: Parameters that have been used several times in one forward; grows.
         native: Sums of the squares of linear layers that have been tapped in C++, by weight and bias; changed.
@@ -335,6 +336,8 @@ class Capture(TorchFunctionMode):
         self._backward = self._again = False
         self._moved = False
         self.without_graph = False  # in the forward, a parameter was used with grad disabled: a reentrant checkpoint
+        self._heard: list[tuple[list[str], Tensor]] = []
+        self.reached: set[str] = set()
         self.verified: set[str] = set()
         self.factors: Tensor | None = None  # looking: of each sample's cotangent, against the backward before
         self.candidates: dict[str, set[str]] = {}
@@ -438,6 +441,10 @@ class Capture(TorchFunctionMode):
         return t if name is None or self.status.get(name) == UNCOVERED else t.detach()
 
     def _uncover(self, names: list[str]) -> None:
+        if not self._looking:
+            names = [name for name in names if self.status.get(name) != SILENT]  # an ordinary gradient will tell
+            if not names:
+                return
         for name in names:
             self.status[name] = UNCOVERED
             self.candidates.pop(name, None)
@@ -453,10 +460,14 @@ class Capture(TorchFunctionMode):
         raise StatusChanged
 
     def _tapped(self, y: Tensor, uses: Mapping[str, Any]) -> Tensor | None:
-        names, rules, xs = [], [], []
+        names, rules, xs, silent = [], [], [], []
         for t, rule, x in uses.values():
             name = self._names.get(id(t))
-            if name is None or self.status.get(name) == UNCOVERED:
+            status = None if name is None else self.status.get(name)
+            if name is None or status == UNCOVERED:
+                continue
+            if status == SILENT and not self._looking:
+                silent.append(name)
                 continue
             if id(t) in self._shared:
                 if type(rule) is not Broadcast:
@@ -468,6 +479,10 @@ class Capture(TorchFunctionMode):
             xs.append(x)
         graph = torch.is_grad_enabled()
         self.without_graph |= not graph and not self._backward
+        if silent:
+            y = self._listen(y, silent) if graph else y
+            if not names:
+                return y
         if self._moved or not names:
             return None
         if len(names) == 1 and isinstance(rules[0], Rows) and self._size > 1:
@@ -523,6 +538,24 @@ class Capture(TorchFunctionMode):
                 self._take(name, rule, x, g)
 
         return _Tap.apply(y, self._anchor, take, *saved)
+
+    def _listen(self, y: Tensor, names: list[str]) -> Tensor:
+        """Where no gradient comes to an operation's output, or a zero one, none comes to its parameters."""
+
+        def hear(_: Any, g: Tensor) -> None:
+            self._heard.append((names, g.any()))
+
+        return _Tap.apply(y, self._anchor, hear)
+
+    def awake(self) -> list[str]:
+        """After a backward: the silent parameters that it may have given a gradient; their squares are not added."""
+        found = {name for names, sound in self._heard if sound for name in names}
+        self._heard.clear()
+        for name, leaf in self._leaves.items():
+            if leaf.grad is not None and self.status.get(name) == SILENT:
+                leaf.grad = None
+                found.add(name)
+        return [name for name in self._leaves if name in found]
 
     def _count_uses(self, names: Sequence[str | None]) -> None:
         for name in names:
@@ -600,6 +633,7 @@ class Capture(TorchFunctionMode):
         """A gradient is linear in the cotangents: where a sample lies, it is multiplied by that sample's factor."""
         earlier = self._earlier.setdefault(names, [])  # in the order of the backward, the same in both
         if self.factors is None:
+            self.reached.update(names)
             earlier.append(g)
             return
         if not earlier:

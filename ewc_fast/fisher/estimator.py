@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ewc_fast.fisher.batches import batch_size, take, to_device
-from ewc_fast.fisher.capture import UNCOVERED, Capture, StatusChanged, Uses
+from ewc_fast.fisher.capture import SILENT, UNCOVERED, Capture, StatusChanged, Uses
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.fisher.fallback import NotVectorised, add_in_loop, add_vectorised
 from ewc_fast.fisher.modes import module_mode
@@ -33,7 +33,7 @@ class FisherEstimator:
     that is one matrix product of squares; elsewhere per-sample gradients are formed and squared in blocks that stay in
     the cache. Parameters in operations without such a rule go through :mod:`torch.func`, and where that fails through a
     loop over samples, which is said. A parameter that is used several times has its gradients summed before they are
-    squared.
+    squared. One that gets no gradient, for it has no part in the output, or a zero one, is watched at no such cost.
 
     Batches of one sample, and kind ``"batch"``, are an ordinary backward in which each gradient is squared and freed as
     soon as it is ready.
@@ -377,7 +377,8 @@ class FisherEstimator:
         if self._was_without_graph(capture) and self._frozen:
             self._status = before
             return self._look_at(part, few)
-        for name in capture.out_of_sight():
+        direct = capture.out_of_sight()
+        for name in direct:
             self._status[name] = UNCOVERED
         unclear = {}
         for name, layouts in capture.candidates.items():
@@ -391,14 +392,21 @@ class FisherEstimator:
                     unclear[name] = UNCOVERED
                 else:
                     self._status[name] = UNCOVERED
+            elif name in capture.reached:
+                unclear[name] = SILENT  # its gradient was zero
             else:
-                unclear[name] = UNCOVERED  # its gradient was zero
+                self._status[name] = SILENT
+        for name, status in self._status.items():
+            if status == UNCOVERED != before.get(name) and name not in direct and name not in capture.verified:
+                self._status[name] = SILENT  # without a rule, and out of the output's reach
         return unclear
 
     def _add_captured(self, batch: Any, size: int) -> int:
         covered = self._covered()
         leaves = {name: self._params[name].detach().requires_grad_() for name in covered}
         rest = {name: p.detach() for name, p in self._params.items() if name not in leaves}
+        silent = SILENT in self._status.values()
+        awake: dict[str, Tensor] = {}
         capture = self._capture(leaves, size, once=self._objective.once, looking=False)
         with self._swapped(leaves):
             with capture:
@@ -410,12 +418,18 @@ class FisherEstimator:
             for cotangent, more in self._cotangents(z, target):
                 if covered:
                     capture.backward(z, cotangent, again=more)
-                if rest:
-                    self._add_rest(rest, batch, size, cotangent)
+                late = {name: self._params[name].detach() for name in capture.awake()} if silent else {}
+                if rest or late:
+                    self._add_rest({**rest, **late}, batch, size, cotangent)
+                awake.update(late)
         for name in capture.out_of_sight():
             raise RuntimeError(
                 f"{name} is used in a way that the first batches did not show: give the model batches of one sample"
             )
+        if any(self._looks.get(name, 0) < _MAX_LOOKS for name in awake):
+            for name in awake:
+                self._looks[name] = self._looks.get(name, 0) + 1
+            self._look(batch, size)
         return target.terms
 
     def _add_rest(self, weights: dict[str, Tensor], batch: Any, size: int, cotangent: Tensor) -> None:

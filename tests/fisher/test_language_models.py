@@ -374,6 +374,26 @@ def test_token_classification(kind: str) -> None:
     assert info.unit == "label"
 
 
+class MeanPooled(nn.Module):
+    """BERT, whose pooler runs and is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = transformers.BertModel(bert().config)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.head(self.encoder(**inputs).last_hidden_state.mean(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unused_pooler(kind: str) -> None:
+    batches = [{**padded(size), "labels": torch.randint(3, (size,))} for size in (4, 5)]
+    fisher = compare(MeanPooled(), batches, kind, "cross_entropy")  # a warning would be an error
+    assert fisher.info.method == ("batch" if kind == "batch" else "hooks")
+    assert not fisher["encoder.pooler.dense.weight"].any()
+
+
 # ---- refused ----
 
 
