@@ -94,6 +94,17 @@ struct Reader {
     if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) usual = false;
     return usual ? PyFloat_AsDouble(object) : 0;
   }
+  // A tuple of numbers as each row of an fp64 tensor on the CPU.
+  at::Tensor rows(PyObject* object, int64_t n) {
+    std::vector<double> row;
+    for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(object); ++j) row.push_back(number(PyTuple_GET_ITEM(object, j)));
+    if (c10::impl::dispatch_mode_enabled()) usual = false;  // might make a tensor without memory
+    if (!usual) return at::Tensor();
+    const at::Tensor result = at::empty({n, static_cast<int64_t>(row.size())}, at::kDouble);
+    double* to = result.mutable_data_ptr<double>();
+    for (int64_t i = 0; i < n; ++i) to = std::copy(row.begin(), row.end(), to);
+    return result;
+  }
   bool boolean(PyObject* object) {
     if (!PyBool_Check(object)) usual = false;
     return object == Py_True;
@@ -203,7 +214,7 @@ PyObject* proximal_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   const auto offsets = read.integers(args[5]);
   const at::Tensor ewc_lambda = read.tensor(args[6]), delta = read.tensor(args[7]);
   const auto scale = read.optional(args[8]), constant = read.optional(args[9]), found_inf = read.optional(args[10]);
-  const at::Tensor rates = read.tensor(args[11]);
+  const at::Tensor rates = PyTuple_CheckExact(args[11]) ? read.rows(args[11], params.size()) : read.tensor(args[11]);
   const bool root = read.boolean(args[12]);
   if (PyErr_Occurred()) return nullptr;
   if (!read.may_call()) Py_RETURN_NONE;
@@ -354,24 +365,6 @@ PyObject* common_value(PyObject*, PyObject* const* args, Py_ssize_t n) {
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* repeated(PyObject*, PyObject* const* args, Py_ssize_t n) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(n == 2 && PyTuple_CheckExact(args[0]), "repeated takes a tuple of numbers, and how often");
-  Reader read;
-  const Py_ssize_t columns = PyTuple_GET_SIZE(args[0]);
-  if (c10::impl::dispatch_mode_enabled()) Py_RETURN_NONE;  // might make a tensor without memory
-  const int64_t rows = read.integer(args[1]);
-  std::vector<double> row;
-  for (Py_ssize_t j = 0; j < columns; ++j) row.push_back(read.number(PyTuple_GET_ITEM(args[0], j)));
-  if (PyErr_Occurred()) return nullptr;
-  if (!read.may_call()) Py_RETURN_NONE;
-  const at::Tensor result = at::empty({rows, columns}, at::kDouble);
-  double* to = result.mutable_data_ptr<double>();
-  for (int64_t i = 0; i < rows; ++i) to = std::copy(row.begin(), row.end(), to);
-  return THPVariable_Wrap(result);
-  END_HANDLE_TH_ERRORS
-}
-
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)>
 PyCFunction fastcall() {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
@@ -387,7 +380,8 @@ PyMethodDef direct_ops[] = {
      "torch.ops.ewc_fast.fisher_accumulate_, likewise; True when it is done."},
     {"adamw_", fastcall<adamw_>(), METH_FASTCALL, "torch.ops.ewc_fast.adamw_, likewise; its results."},
     {"sgd_", fastcall<sgd_>(), METH_FASTCALL, "torch.ops.ewc_fast.sgd_, likewise; its results."},
-    {"proximal_", fastcall<proximal_>(), METH_FASTCALL, "torch.ops.ewc_fast.proximal_, likewise; its results."},
+    {"proximal_", fastcall<proximal_>(), METH_FASTCALL,
+     "torch.ops.ewc_fast.proximal_, likewise; its results. On the CPU a tuple of four numbers may stand for the rates."},
     {"tap_vectors", fastcall<tap_vectors>(), METH_FASTCALL,
      "The tap of ewc_fast.fisher.capture for one vector per sample: output, anchor, input, sums of the weight's squares and "
      "of the bias's (None for none), whether the weight is (out, in), the rules' numbers, and for several backwards where "
@@ -403,8 +397,6 @@ PyMethodDef direct_ops[] = {
     {"common_value", fastcall<common_value>(), METH_FASTCALL,
      "The number that all tensors of a list hold, which have one element each and are on the CPU; None where they differ, or "
      "only Python can tell."},
-    {"repeated", fastcall<repeated>(), METH_FASTCALL,
-     "A row of numbers so often, as an fp64 tensor on the CPU; None where they are not plain numbers."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace ewc

@@ -383,6 +383,7 @@ class EWCLoss:
                     constant=g.constant,
                 ),
                 buffer=self._buffers.setdefault((g.group.device, g.group.dtype), autograd.GradientBuffer()),
+                backend=self.backend,
             )
             left = [i for i, p in enumerate(params) if p.requires_grad]
             while left:  # once, but for parameters tied since: no op takes one gradient twice
@@ -483,6 +484,19 @@ class EWCLoss:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> list[PartResult]:
+        results = None
+        if grad_scale is None and found_inf is None and self._lambda != 0.0 and not torch.compiler.is_compiling():
+            parts = parts_of()
+            if len(parts) == 1 and (result := parts[0].accumulate_quickly()) is not None:
+                results = [(parts[0], result)]
+        if results is None:
+            results = self._accumulate_in_turn(parts_of, grad_scale, found_inf)
+        self._record(key, results)
+        return results
+
+    def _accumulate_in_turn(
+        self, parts_of: Callable[[], list[Part]], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> list[PartResult]:
         # The device reads lambda itself; this only keeps parameters without a gradient without one.
         reads_only = not torch.compiler.is_compiling() and self._lambda == 0.0
 
@@ -517,29 +531,10 @@ class EWCLoss:
                     raise
             return [(part, result)]
 
-        parts = parts_of()
-        result = None
-        if len(parts) == 1 and not reads_only and grad_scale is None and found_inf is None:
-            result = self._accumulate_quickly(parts[0])
-        if result is None:
-            if not torch.compiler.is_compiling():
-                for part in parts:
-                    check_strided(part)  # before the penalty is in the gradients of another part
-            results = self._run(parts_of, op)
-        else:
-            results = [(parts[0], result)]
-        self._record(key, results)
-        return results
-
-    def _accumulate_quickly(self, part: Part) -> PenaltyResult | None:
-        """The usual case without what the others cost; None, with nothing done, where it is not that."""
-        if not part.served_quickly:
-            return None
-        try:
-            return ops.accumulate_into_own_(part.params, part.quadratic, part.maximize, backend=self.backend)
-        except (ValueError, TypeError, RuntimeError):
-            part.served_quickly = False
-            return None  # to be met again, and dealt with
+        if not torch.compiler.is_compiling():
+            for part in parts_of():
+                check_strided(part)  # before the penalty is in the gradients of another part
+        return self._run(parts_of, op)
 
     def _value(self, part: Part) -> PenaltyResult:
         return ops.penalty(part.protected(part.params), part.quadratic, backend=self.backend)
@@ -549,15 +544,19 @@ class EWCLoss:
         reads_only = self._lambda == 0.0
 
         def op(part: Part) -> list[PartResult]:
-            skipped = [] if part.have_grads() else [i for i, p in enumerate(part.params) if p.grad is None]
-            if reads_only or len(skipped) == len(part.params):
+            if reads_only:
                 return [(part, self._value(part))]
-            if skipped:
+            if not part.have_grads():
+                skipped = [i for i, p in enumerate(part.params) if p.grad is None]
+                if len(skipped) == len(part.params):
+                    return [(part, self._value(part))]
                 stepped = [i for i in range(len(part.params)) if i not in set(skipped)]
                 rest = part.subset(skipped)
                 return [(rest, self._value(rest)), *op(part.subset(stepped))]
-            device = part.quadratic.anchor.device
             metric = step_metric(optimizer, optimizer.param_groups[part.group], part.params)
+            if found_inf is None and (quick := part.pull_quickly(metric)) is not None:
+                return [(part, quick)]
+            device = part.quadratic.anchor.device
             result = steps.proximal_(
                 part.protected(part.params),
                 part.protected(metric.moments) if metric.moments else [],

@@ -5,18 +5,23 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ewc_fast.layout import Slot
+from ewc_fast.ops import penalty as ops
+from ewc_fast.ops import steps
 from ewc_fast.ops.autograd import GradientBuffer
 from ewc_fast.ops.memory import same_memory_order
-from ewc_fast.ops.native import direct
+from ewc_fast.ops.native import direct, never
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult, StepQuadratic
+
+if TYPE_CHECKING:
+    from ewc_fast.optim.metrics import StepMetric
 
 _all_have_grads, _unchanged = direct("all_have_grads"), direct("unchanged")
 
@@ -72,6 +77,7 @@ class Part:
         slots: Where each lies in the flat buffers.
         quadratic: The state, as the ops take it.
         buffer: Level 1's gradient buffer; shared by a part's subsets.
+        backend: As the ops take it.
         maximize: Whether the optimizer that steps these parameters maximises.
         group: Which of its parameter groups they are in, where that matters.
     """
@@ -81,13 +87,15 @@ class Part:
     slots: list[Slot]
     quadratic: FlatQuadratic
     buffer: GradientBuffer
+    backend: str = "auto"
     maximize: bool = False
     group: int = 0
 
     def __post_init__(self) -> None:
         self.dtype = self.params[0].dtype if self.params else None
         self._whole = all(n is None for n in self.rows)
-        self.served_quickly = self._whole  # until it was not: see EWCLoss._accumulate_quickly
+        self._into_own: Callable[[], Any] | None = None  # these are made where they are first asked for
+        self._pull: Callable[..., Any] | None = None
 
     def subset(self, chosen: list[int], *, maximize: bool = False, factors: Sequence[float] | None = None) -> Part:
         """The same state, of some of the parameters.
@@ -120,6 +128,31 @@ class Part:
         """The quadratic as optimizer steps take it."""
         q = self.quadratic
         return StepQuadratic(q.strides, q.anchor, q.fisher, q.offsets, q.ewc_lambda, q.delta, q.scale, q.constant)
+
+    def accumulate_quickly(self) -> PenaltyResult | None:
+        """The penalty's gradient, added to the parameters' own in the usual case: all have one, and the op takes them.
+        None, with nothing done, where it is not that."""
+        if self._into_own is None:
+            q = self.quadratic
+            self._into_own = (
+                ops.accumulator_into_own(self.params, q, self.maximize, backend=self.backend) if self._whole else never
+            )
+        try:
+            result = self._into_own()
+        except (ValueError, TypeError, RuntimeError):
+            self._into_own = never
+            return None  # to be met again, and dealt with
+        return None if result is None else tuple.__new__(PenaltyResult, result)
+
+    def pull_quickly(self, metric: StepMetric) -> PenaltyResult | None:
+        """The proximal pull in the usual case: the metric's rates are numbers, and all is on the CPU. None, with
+        nothing done, where it is not that."""
+        if torch.compiler.is_compiling():
+            return None
+        if self._pull is None:
+            self._pull = steps.puller(self.params, self.step_quadratic, backend=self.backend) if self._whole else never
+        result = self._pull(metric.moments, metric.rates, metric.root)
+        return None if result is None else tuple.__new__(PenaltyResult, result)
 
     def have_grads(self) -> bool:
         """Whether each parameter has a gradient."""

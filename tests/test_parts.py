@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ewc_fast import EWCLoss, parts
-from ewc_fast.parts import Watch
+from ewc_fast.parts import Part, Watch
 
 
 @pytest.fixture(params=["native", "python"])
@@ -121,3 +121,45 @@ def test_have_grads(way: str) -> None:
     assert not part.have_grads()
     model.bias.grad = torch.ones(2)
     assert part.have_grads()
+
+
+def steps_of(coupling: str, lr: Any) -> list[Tensor]:
+    """What an attached optimizer leaves behind, in steps that cannot be served quickly among others that can."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    ewc = EWCLoss(model)
+    ewc.consolidate(fisher={n: torch.rand(p.shape) for n, p in model.named_parameters()})
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    ewc.attach(optimizer, coupling)
+    seen: list[Tensor] = []
+    for i in range(6):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        if i == 2:
+            model.bias.grad = None
+        if i == 4:  # another memory order
+            model.weight.data = model.weight.detach().t().contiguous().t()
+        optimizer.step()
+        seen += [p.detach().clone() for p in model.parameters()]
+        seen += [ewc.last_penalty, ewc.predicted_forgetting, *ewc.penalty_by_parameter().values()]
+    return seen
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+@pytest.mark.parametrize("coupling", ["coupled", "proximal"])
+def test_a_step_served_quickly_is_the_same(coupling: str, lr: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = "accumulate_quickly" if coupling == "coupled" else "pull_quickly"
+    original, served = getattr(Part, method), []
+
+    def counted(*arguments: Any) -> Any:
+        result = original(*arguments)
+        served.append(result is not None)
+        return result
+
+    monkeypatch.setattr(Part, method, counted)
+    quickly = steps_of(coupling, lr)
+    assert any(served) == (coupling == "coupled" or not isinstance(lr, Tensor))
+    monkeypatch.setattr(Part, method, lambda *_: None)
+    for a, b in zip(quickly, steps_of(coupling, lr), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -52,8 +52,9 @@ def direct(name: str) -> Callable[..., Any]:
     It gives None, with nothing done, for arguments that only ``torch.ops`` can take: tensor subclasses, and
     modes that want to see the call.
     """
-    return getattr(_C, name, _never)  # an older build has fewer
+    return getattr(_C, name, never)  # an older build has fewer
 
 
-def _never(*_: Any) -> None:
+def never(*_: Any) -> None:
+    """Stands for a direct call that is never possible."""
     return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from ewc_fast.ops import reference
 from ewc_fast.ops.native import BACKENDS as BACKENDS
 from ewc_fast.ops.native import call as _call
-from ewc_fast.ops.native import direct
+from ewc_fast.ops.native import direct, never
 from ewc_fast.ops.native import use_native as use_native
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
 
@@ -96,18 +98,20 @@ def penalty_accumulate_(
     return PenaltyResult(*result)
 
 
-def accumulate_into_own_(
+def accumulator_into_own(
     params: Sequence[Tensor], q: FlatQuadratic, maximize: bool = False, *, backend: str = "auto"
-) -> PenaltyResult | None:
-    """:func:`penalty_accumulate_` into each parameter's ``grad``, where native kernels serve and all have one.
+) -> Callable[[], Any]:
+    """:func:`penalty_accumulate_` into each parameter's ``grad``, prepared: for every optimizer step.
+
+    Not for code that is compiled.
 
     Returns:
-        None where that is not so; nothing has been done then.
+        The call. It returns what the op does, or None, with nothing done, unless native kernels serve and all
+        parameters have a gradient.
     """
-    if torch.compiler.is_compiling() or not use_native(q.anchor.device, backend):
-        return None
-    result = _accumulate(params, None, *q, None, None, maximize)
-    return None if result is None else PenaltyResult(*result)
+    if not use_native(q.anchor.device, backend):
+        return never
+    return partial(_accumulate, params, None, *q, None, None, maximize)
 
 
 def scale_(buffer: Tensor, factor: Tensor, *, backend: str = "auto") -> None:

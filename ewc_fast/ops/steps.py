@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ewc_fast.ops import reference_steps as reference
 from ewc_fast.ops.native import call as _call
-from ewc_fast.ops.native import direct, use_native
+from ewc_fast.ops.native import direct, never, use_native
 from ewc_fast.ops.types import PenaltyResult, StepQuadratic
 
 _adamw, _sgd, _proximal = direct("adamw_"), direct("sgd_"), direct("proximal_")
@@ -170,3 +170,19 @@ def proximal_(
     rest = (params, moments, q.strides, *q[1:], found_inf, rates, root)
     result = None if torch.compiler.is_compiling() else _proximal(*rest)
     return PenaltyResult(*(_call(torch.ops.ewc_fast.proximal_.default, *rest) if result is None else result))
+
+
+def puller(params: Sequence[Tensor], q: StepQuadratic, *, backend: str = "auto") -> Callable[..., Any]:
+    """:func:`proximal_` of these parameters, prepared: for every optimizer step.
+
+    Not for code that is compiled.
+
+    Returns:
+        The call, of moments, rates (four numbers, for all parameters) and ``root``. It returns what the op does, or
+        None, with nothing done, unless native kernels serve, rates are numbers and all is on the CPU.
+    """
+    assert q.anchor is not None
+    if q.anchor.device.type != "cpu" or not use_native(q.anchor.device, backend):
+        return never
+    rest = (q.strides, *q[1:], None)
+    return lambda moments, rates, root: _proximal(params, moments, *rest, rates, root)

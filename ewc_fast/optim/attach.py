@@ -63,7 +63,7 @@ class Attachment:
         self.ewc._detach(self)
 
     def acts(self) -> bool:
-        """Whether this step is one of each so many; called once per step."""
+        """Whether this step is one of each so many; called once per step, unless each step is."""
         self._steps += 1
         return (self._steps - 1) % self.every == 0
 
@@ -96,7 +96,8 @@ class Attachment:
     def parts(self) -> list[Part]:
         """The protected parameters that this optimizer steps, a part per device, dtype and what the coupling needs:
         direction, or parameter group."""
-        groups = self.param_groups()
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
         if self._groups is groups and self._generation == self.ewc._generation and self._watch.holds():
             return self._parts
         whole = self.ewc._parts()
@@ -174,7 +175,8 @@ class AttachHandle(Attachment):
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.coupling == "proximal":  # only what would be an error after the step
             for group in optimizer.param_groups:
-                lambda_scale(group)
+                if SCALE_KEY in group:
+                    lambda_scale(group)
             return
         if self._may_nest and _is_inner(optimizer):
             return
@@ -188,17 +190,17 @@ class AttachHandle(Attachment):
                 "attach with coupling='proximal', or detach and call ewc.accumulate_grad_() at the end of the closure, "
                 "after its backward"
             )
-        if self.acts() and not self.added:
+        if (self.every == 1 or self.acts()) and (self._added is None or not self.added):
             self.ewc._accumulate(
                 self,
                 self.parts,
                 grad_scale=getattr(optimizer, "grad_scale", None),
                 found_inf=getattr(optimizer, "found_inf", None),
             )
-        self.stepped()
+        self._added = None
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._may_nest and _is_inner(optimizer):
             return
-        if self.acts():
+        if self.every == 1 or self.acts():
             self.ewc._pull(self, optimizer, found_inf=getattr(optimizer, "found_inf", None))

@@ -17,7 +17,7 @@ from ewc_fast.ops.native import direct
 
 State = Mapping[str, Any]
 States = Callable[[], list[State]]  # of the parameters; asked for where they are needed
-_common_value, _repeated = direct("common_value"), direct("repeated")
+_common_value = direct("common_value")
 _RADAM_TRACTABLE = 5.0  # length of the approximated moving average from which RAdam rectifies
 
 
@@ -147,10 +147,6 @@ def _constant_rates(rates: tuple[float, ...], count: int, device: torch.device) 
 def rates_of(metric: StepMetric, count: int, device: torch.device) -> Tensor:
     """The metric's numbers as the op takes them: fp64, (count, 4), on the device; not to be written to."""
     if not any(isinstance(column, Tensor) for column in metric.rates):
-        if device.type == "cpu" and not torch.compiler.is_compiling():
-            rates = _repeated(metric.rates, count)
-            if rates is not None:
-                return rates
         return _constant_rates(metric.rates, count, device)
     rates = torch.empty(count, 4, dtype=torch.float64, device=device)
     for i, column in enumerate(metric.rates):

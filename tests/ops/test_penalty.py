@@ -114,18 +114,29 @@ def test_the_direct_call_finds_the_gradients_itself() -> None:
         expected = [g.clone() for g in grads]
         ops.penalty_accumulate_(leaves, expected, inputs.q, backend="native")
     leaves[0].grad = grads[0]
-    assert ops.accumulate_into_own_(leaves, inputs.q) is None  # the other one has none
+    accumulate = ops.accumulator_into_own(leaves, inputs.q, backend="native")
+    assert accumulate() is None  # the other one has none
     leaves[1].grad = grads[1]
-    assert ops.accumulate_into_own_(leaves, inputs.q, backend="reference") is None
-    result = ops.accumulate_into_own_(leaves, inputs.q, backend="native")
+    assert ops.accumulator_into_own(leaves, inputs.q, backend="reference")() is None
+    result = accumulate()
     assert result is not None
     ex.assert_same_bits([p.grad for p in leaves], expected)
+    again = random_like(inputs.params)
+    expected = [g.clone() for g in again]
+    ops.penalty_accumulate_(leaves, expected, inputs.q, maximize=True, backend="native")
+    for p, g in zip(leaves, again, strict=True):  # a prepared call reads the gradients of its time
+        p.grad = g
+    ops.accumulator_into_own(leaves, inputs.q, maximize=True)()
+    ex.assert_same_bits(again, expected)
 
     class Subclass(torch.nn.Parameter):
         pass
 
-    assert ops.accumulate_into_own_([*leaves[:1], Subclass(inputs.params[1].detach())], inputs.q) is None
-    assert leaves[0].grad is grads[0]
+    other = Subclass(inputs.params[1].detach())
+    other.grad = torch.zeros_like(inputs.params[1])
+    before = again[0].clone()
+    assert ops.accumulator_into_own([*leaves[:1], other], inputs.q)() is None
+    ex.assert_same_bits(again[:1], [before])
 
 
 # ---- dtypes ----

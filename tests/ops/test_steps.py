@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
@@ -246,6 +247,40 @@ def test_proximal(dtypes: Any, kind: str, backend: str) -> None:
     close(params, wanted, problem.dtype)
     assert all(torch.equal(a, b) for a, b in zip(moments, problem.second, strict=False))
     check_result(result, torch.tensor(values, dtype=torch.float64).T, problem.dtype)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("kind", ["constant", "linear", "root"])
+def test_a_prepared_pull_is_the_same(kind: str) -> None:
+    problem = Problem(DTYPES[1], constants=True)
+    moments = problem.copies([] if kind == "constant" else problem.second)
+    numbers = (0.5, 2, 3.0, 0.25)
+    expected, params = problem.copies(problem.params), problem.copies(problem.params)
+    rates = torch.tensor([numbers] * len(SIZES), dtype=torch.float64)
+    wanted = ops.proximal_(expected, moments, problem.q, rates, root=kind == "root", backend="native")
+    result = ops.puller(params, problem.q, backend="native")(moments, numbers, kind == "root")
+    assert all(torch.equal(a, b) for a, b in zip((*params, *result), (*expected, *wanted), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(params, problem.params, strict=True))
+
+
+@pytest.mark.native
+def test_a_prepared_pull_leaves_the_unusual_alone() -> None:
+    problem = Problem(DTYPES[1])
+    params = problem.copies(problem.params)
+    pull = ops.puller(params, problem.q)
+    rest = (1.0, 1.0, 0.0)
+    for lr in (torch.tensor(0.5), True, None):
+        assert pull([], (lr, *rest), True) is None
+    assert ops.puller(params, problem.q, backend="reference")([], (0.5, *rest), True) is None
+    with FakeTensorMode():  # which would want the rates without memory
+        assert pull([], (0.5, *rest), True) is None
+    with pytest.raises(OverflowError):
+        pull([], (10**400, *rest), True)
+    with pytest.raises(ValueError, match="rates must be"):
+        pull([], (0.5, 1.0), True)
+    with pytest.raises(ValueError, match="moments has 1 tensors"):
+        pull([torch.ones(2)], (0.5, *rest), True)
+    assert all(torch.equal(a, b) for a, b in zip(params, problem.params, strict=True))
 
 
 ARRANGEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
