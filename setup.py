@@ -47,6 +47,7 @@ class Toolchain:
         nvcc: CUDA version of nvcc, None if there is no nvcc (or torch has no use for it).
         nvcc_architectures: compute capabilities that nvcc compiles for.
         gpus: compute capabilities of the visible GPUs.
+        libstdcxx: file of the C++ library that torch runs with, "" where it is another one or cannot be told.
     """
 
     torch: str
@@ -57,6 +58,7 @@ class Toolchain:
     nvcc: str | None = None
     nvcc_architectures: tuple[tuple[int, int], ...] = ()
     gpus: tuple[tuple[int, int], ...] = ()
+    libstdcxx: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class BuildParameters:
     include_dirs: list[str] = field(default_factory=list)
     cxx_flags: list[str] = field(default_factory=list)
     nvcc_flags: list[str] = field(default_factory=list)
+    link_args: list[str] = field(default_factory=list)
 
     def info(self, torch_version: str) -> dict[str, Any]:
         """What ewc_fast must know before it loads the extension; see ewc_fast/ops/extension.py."""
@@ -129,7 +132,15 @@ def detect() -> Toolchain:
         nvcc=nvcc_version,
         nvcc_architectures=tuple(architectures),
         gpus=tuple(sorted({torch.cuda.get_device_capability(i) for i in range(count)})),
+        libstdcxx=loaded_libstdcxx(),
     )
+
+
+def loaded_libstdcxx(maps: Path = Path("/proc/self/maps")) -> str:
+    """The libstdc++ in this process, which torch has brought."""
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    found = {line.split(maxsplit=5)[5] for line in lines if re.search(r"/libstdc\+\+\.so[.\d]*$", line)}
+    return found.pop() if len(found) == 1 else ""
 
 
 def ask_nvcc(nvcc: Path) -> tuple[str, list[tuple[int, int]]]:
@@ -209,6 +220,9 @@ def build_parameters(environ: Mapping[str, str], tools: Toolchain | None, root: 
         include_dirs=[str(root / "csrc")],
         cxx_flags=cxx_flags,
         nvcc_flags=nvcc_flags,
+        # A compiler that links a libstdc++ of its own into the extension makes two in one process, and a stream with
+        # parts of both crashes in the first error message.
+        link_args=[tools.libstdcxx] if tools.libstdcxx else [],
     )
 
 
@@ -314,6 +328,7 @@ def main() -> None:
                 parameters.sources,
                 include_dirs=parameters.include_dirs,
                 extra_compile_args={"cxx": parameters.cxx_flags, "nvcc": parameters.nvcc_flags},
+                extra_link_args=parameters.link_args,
                 depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.*"))],
             )
         ]

@@ -111,6 +111,11 @@ class Setup:
     test_sequences: int = 64
 
     @property
+    def test_batch(self) -> int:
+        """Sequences that are measured at once."""
+        return self.batch * (4 if DEVICE.type == "cuda" else 1)
+
+    @property
     def looks(self) -> tuple[int, ...]:
         """Steps after which a run is looked at."""
         return tuple(sorted({max(1, round(self.steps * share)) for share in (0.05, 0.15, 0.33, 0.66)}))
@@ -143,22 +148,31 @@ class Arm:
 
 
 def first_stage() -> list[Arm]:
-    """Each method over a grid of nine, the methods in turn."""
-    rates = (4e-4, 2e-4, 8e-4)
-    plain = _without_penalty("plain", (4e-4, 2e-4, 8e-4, 1e-4))
-    lora = _without_penalty("lora", (1e-3, 3e-3, 5e-4, 2e-4))
-    rehearsal = _without_penalty("rehearsal", (4e-4, 8e-4, 2e-4, 1e-4))
-    damped = [Arm("ewc_damped", lr, ewc_lambda=weight) for lr in rates for weight in (30.0, 10.0, 100.0)]
-    ewc = [replace(arm, method="ewc") for arm in damped]
-    l2sp = [Arm("l2sp", lr, ewc_lambda=weight) for lr in rates for weight in (3e-3, 1e-3, 1e-2)]
-    grids = (plain, damped, l2sp, lora, ewc, rehearsal)
-    return [arm for arms in zip(*grids, strict=True) for arm in arms]
+    """Each method over seven settings, plain fine-tuning over nine; the methods in turn."""
+    grids = (
+        [
+            *_rates_and_warm_ups("plain", (4e-4, 2e-4, 8e-4)),
+            Arm("plain", 4e-4, stop=0.66),
+            Arm("plain", 2e-4, stop=0.66),
+            Arm("plain", 1e-4),
+        ],
+        _rates_and_weights("ewc_damped", (30.0, 10.0, 100.0)),
+        _rates_and_weights("l2sp", (3e-3, 1e-3, 1e-2)),
+        [*_rates_and_warm_ups("lora", (1e-3, 3e-3, 5e-4)), Arm("lora", 2e-3, 0.1)],
+        _rates_and_weights("ewc", (30.0, 10.0, 100.0)),
+        [*_rates_and_warm_ups("rehearsal", (4e-4, 8e-4, 2e-4)), Arm("rehearsal", 1e-4)],
+    )
+    return [grid[i] for i in range(max(map(len, grids))) for grid in grids if i < len(grid)]
 
 
-def _without_penalty(method: str, rates: tuple[float, float, float, float]) -> list[Arm]:
-    """Three rates with a long and a short warm-up, two of them stopped early, and one more rate."""
-    arms = [Arm(method, lr, warm_up) for lr in rates[:3] for warm_up in (0.33, 0.1)]
-    return [*arms, *(Arm(method, lr, stop=0.66) for lr in rates[:2]), Arm(method, rates[3])]
+def _rates_and_warm_ups(method: str, rates: Iterable[float]) -> list[Arm]:
+    return [Arm(method, lr, warm_up) for lr in rates for warm_up in (0.33, 0.1)]
+
+
+def _rates_and_weights(method: str, weights: tuple[float, float, float]) -> list[Arm]:
+    """A lower rate and a higher one around the first weight."""
+    arms = [Arm(method, lr, ewc_lambda=weight) for lr in (4e-4, 2e-4) for weight in weights]
+    return [*arms, Arm(method, 8e-4, ewc_lambda=weights[0])]
 
 
 def second_stage(rows: Rows) -> list[Arm]:
@@ -255,7 +269,8 @@ def own_text(setup: Setup, model: nn.Module) -> Tensor:
     path = setup.work / "own.pt"
     if not path.exists():
         count = setup.fisher_sequences + setup.test_sequences
-        own = sample_sequences(model, count, setup.length, torch.Generator().manual_seed(0)).cpu()
+        generator = torch.Generator().manual_seed(0)
+        own = sample_sequences(model, count, setup.length, generator, batch_size=-(-count // 2)).cpu()
         _write(path, functools.partial(torch.save, own))
     return torch.load(path)
 
@@ -357,7 +372,7 @@ class Look(TrainerCallback):
         row: dict[str, float] = {"step": state.global_step}
         for name in ("new", "old"):
             half = len(self._tests[name]) // 2
-            now = losses(model, self._tests[name][:half], self._setup.batch)
+            now = losses(model, self._tests[name][:half], self._setup.test_batch)
             row[name] = float(now.mean())
             row[f"{name}_change"] = row[name] - statistics.fmean(self._before[name][:half])
         self.curve.append(row | self._watch())
@@ -467,7 +482,7 @@ def run(setup: Setup, arm: Arm, before: dict[str, Any]) -> dict[str, Any]:
     distance = sum(float((p.detach() - start[name]).double().square().sum()) for name, p in model.named_parameters())
     return {
         "arm": asdict(arm),
-        **compared(measure(model, data, setup.batch), before),
+        **compared(measure(model, data, setup.test_batch), before),
         "distance": distance**0.5,
         "predicted": None if ewc is None or arm.method == "l2sp" else predicted(ewc),
         "curve": look.curve,
@@ -510,7 +525,7 @@ def prepare(setup: Setup, measured: bool) -> dict[str, Any] | None:
     own_text(setup, model)
     for source in ("old", "own", "sampled"):
         fisher(setup, model, data, source)
-    return None if measured else measure(model, data, setup.batch)
+    return None if measured else measure(model, data, setup.test_batch)
 
 
 # ---- the report ----

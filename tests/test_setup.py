@@ -142,6 +142,24 @@ def test_torch_cuda_arch_list_is_left_to_torch():
     assert "-DEWC_FAST_CUDA_ARCHITECTURES=8.6;9.0a" in parameters.cxx_flags
 
 
+def test_torch_s_libstdcxx_is_linked(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    maps.write_text(
+        "7f00-7f01 r-xp 00000000 fd:00 1 /opt/my libs/libstdc++.so.6.0.30\n7f01-7f02 rw-p 00000000 00:00 0\n"
+        "7f02-7f03 r--p 00000000 fd:00 1 /opt/my libs/libstdc++.so.6.0.30\n"
+        "7f03-7f04 r--p 00000000 fd:00 2 /lib/libc.so.6\n"
+    )
+    assert build.loaded_libstdcxx(maps) == "/opt/my libs/libstdc++.so.6.0.30"
+    with maps.open("a") as file:
+        file.write("7f04-7f05 r-xp 00000000 fd:00 3 /usr/lib/libstdc++.so.6\n")
+    assert build.loaded_libstdcxx(maps) == ""  # two: which is torch's cannot be told
+    assert build.loaded_libstdcxx(tmp_path / "none") == ""
+    assert build.build_parameters({}, replace(CPU, libstdcxx="/lib/libstdc++.so.6")).link_args == [
+        "/lib/libstdc++.so.6"
+    ]
+    assert build.build_parameters({}, CPU).link_args == []
+
+
 def test_a_gpu_too_old_for_nvcc_is_an_error():
     with pytest.raises(build.BuildError, match=r"none of the compute capabilities 6\.1"):
         build.build_parameters({}, replace(CUDA, gpus=((6, 1),)))

@@ -174,8 +174,10 @@ class EWCAdamW(torch.optim.AdamW):
         Args:
             closure: Computes the loss and the gradients anew, and returns the loss.
         """
-        # Its name until torch 2.9
-        getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
+        if hasattr(self, "_accelerator_graph_capture_health_check"):
+            self._accelerator_graph_capture_health_check()
+        else:  # its name in older ones
+            self._cuda_graph_capture_health_check()
         return self._fused.step(self, closure)
 
     @torch.no_grad()
