@@ -1,6 +1,7 @@
 """Writes what README.md and the documents say of the speed, between their markers, from a result of `bench`.
 
 What docs/fisher.md says comes from fisher/results.json beside it, and docs/optimizers.md from optimizers/results.json.
+Results of a GPU go to docs/gpu.md.
 
 python benchmarks/readme.py benchmarks/results/NAME/results.json [--check]
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ewc_fast.bench import optimizers, report
@@ -19,6 +20,7 @@ from ewc_fast.bench.fisher import report as fisher_report
 ROOT = Path(__file__).resolve().parent.parent
 COST = "docs/cost.md"
 DOCUMENT = "docs/performance.md"
+GPU = "docs/gpu.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,17 +32,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     results = report.read_json(options.results)
     folder = Path(os.path.relpath(options.results.resolve().parent, options.root.resolve())).as_posix()
+    fisher, steps = (options.results.parent / name / "results.json" for name in ("fisher", "optimizers"))
+    if report.main_workload(results)["device"] == "cuda":
+        measured = [report.performance_section(results)]
+        if steps.exists():
+            measured += ["**The optimizers**", optimizers.section(optimizers.read_json(steps))]
+        return write({GPU: "\n\n".join(measured)}, options)
     sections = {
         "README.md": report.readme_section(results, COST),
         COST: report.cost_section(results, f"../{folder}", Path(DOCUMENT).name),
         DOCUMENT: report.performance_section(results),
     }
-    fisher = options.results.parent / "fisher" / "results.json"
     if fisher.exists():
         sections["docs/fisher.md"] = fisher_report.summary(fisher_report.read_json(fisher), f"../{folder}/fisher")
-    steps = options.results.parent / "optimizers" / "results.json"
     if steps.exists():
         sections["docs/optimizers.md"] = optimizers.section(optimizers.read_json(steps))
+    return write(sections, options)
+
+
+def write(sections: Mapping[str, str], options: argparse.Namespace) -> int:
+    """The sections by file, each between its markers. Returns the exit code."""
     for name, section in sections.items():
         path = options.root / name
         before = path.read_text()

@@ -110,11 +110,15 @@ class Part:
         scale = None if q.scale is None else q.scale[index]
         if factors is not None and any(factor != 1.0 for factor in factors):
             scale = lambda_factors(factors, q.anchor.device) * (1.0 if scale is None else scale)
-        quadratic = q._replace(
-            offsets=[s.offset for s in slots],
-            strides=[stride for s in slots for stride in s.strides],
-            scale=scale,
-            constant=None if q.constant is None else q.constant[index],
+        quadratic = FlatQuadratic(  # not _replace, whose result the compiler of torch 2.11 takes apart wrongly
+            q.anchor,
+            q.fisher,
+            [s.offset for s in slots],
+            [stride for s in slots for stride in s.strides],
+            q.ewc_lambda,
+            q.delta,
+            scale,
+            None if q.constant is None else q.constant[index],
         )
         params, rows = [self.params[i] for i in chosen], [self.rows[i] for i in chosen]
         return replace(self, params=params, rows=rows, slots=slots, quadratic=quadratic, maximize=maximize)

@@ -24,7 +24,16 @@ SNIPPETS = {
     if name not in ELSEWHERE
     for i, snippet in enumerate(re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL))
 }
-WITHOUT_SNIPPETS = {"cost.md", "coupling.md", "demo.md", "design.md", "gpu.md", "install.md", "performance.md"}
+WITHOUT_SNIPPETS = {
+    "cost.md",
+    "coupling.md",
+    "demo.md",
+    "design.md",
+    "gpu.md",
+    "install.md",
+    "language-model.md",
+    "performance.md",
+}
 OPTIONAL = {"accelerate", "avalanche", "lightning", "peft", "transformers", "trl"}  # packages that snippets may need
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 GENERATED = {"reference.md"}  # its headings come from the docstrings; tests/test_docs.py builds it

@@ -317,6 +317,8 @@ _PERCENT_NOTE = (
 
 
 def _main_table(workload: Results) -> str:
+    on_gpu = workload["device"] == "cuda"
+    decimals = 3 if on_gpu else 1
     rows = []
     for p in workload["peers"]:
         if p["group"] == OPS:
@@ -324,17 +326,19 @@ def _main_table(workload: Results) -> str:
         rows.append(
             [
                 f"{p['note']} (`{p['name']}`)",
-                f"{number(p['median_ms'], 1)} ({number(p['p10_ms'], 1)} to {number(p['p90_ms'], 1)})",
+                f"{number(p['median_ms'], decimals)} "
+                f"({number(p['p10_ms'], decimals)} to {number(p['p90_ms'], decimals)})",
                 number(p["ratio"], 2),
                 number(p["bytes_per_parameter"], 0),
                 number(p["gb_per_s"], 1),
                 f"{p['percent_of_copy']:.0f}%" if p["percent_of_copy"] is not None else "",
                 size(p["peak_bytes"]),
-                number(p["page_faults"], 0),
+                number(p["graph_ms"], 3) if on_gpu else number(p["page_faults"], 0),
             ]
         )
     rows += [[f"`{name}`", f"skipped: {reason}", *[""] * 6] for name, reason in workload["skipped"].items()]
-    return markdown(["", "ms", "/ level 2", "bytes/param", "GB/s", "of `copy_`", "extra memory", "page faults"], rows)
+    last = "ms as a CUDA graph" if on_gpu else "page faults"
+    return markdown(["", "ms", "/ level 2", "bytes/param", "GB/s", "of `copy_`", "extra memory", last], rows)
 
 
 _COLUMNS = ("eager", "compile_eager", "foreach", "loop", "loop_no_value", "ewc_loss", "level1", "level2")

@@ -252,10 +252,14 @@ def _bundle(
         q = part.step_quadratic
         device = part.quadratic.anchor.device
         extra = len(others)
-        q = q._replace(
-            strides=strides,
-            offsets=[*q.offsets, *[-1] * extra],
-            scale=None if q.scale is None else torch.cat([q.scale, lambda_factors([1.0] * extra, device)]),
-            constant=None if q.constant is None else torch.cat([q.constant, lambda_factors([0.0] * extra, device)]),
+        q = StepQuadratic(
+            strides,
+            q.anchor,
+            q.fisher,
+            [*q.offsets, *[-1] * extra],
+            q.ewc_lambda,
+            q.delta,
+            None if q.scale is None else torch.cat([q.scale, lambda_factors([1.0] * extra, device)]),
+            None if q.constant is None else torch.cat([q.constant, lambda_factors([0.0] * extra, device)]),
         )
     return Bundle(params, [*pieces, *others] if tails else None, q, part, numbers)

@@ -200,6 +200,22 @@ def test_texts_are_written_and_checked(readme, files, results, capsys, tmp_path,
     assert readme.main([*arguments, "--check"]) == 1
 
 
+def test_a_gpu_has_a_page_of_its_own(readme, results, tmp_path):
+    results = copy.deepcopy(results)
+    for workload in results["workloads"]:
+        workload["device"] = "cuda"
+        for peer in workload["peers"]:
+            peer |= {"median_ms": 0.4567, "graph_ms": 0.1234}
+    (tmp_path / "docs").mkdir()
+    report.write_json(results, tmp_path / "results.json")
+    page = tmp_path / "docs" / "gpu.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert readme.main([str(tmp_path / "results.json"), "--root", str(tmp_path)]) == 0
+    assert "| 0.457 (" in page.read_text() and "| 0.123 |" in page.read_text()
+    assert "as a CUDA graph" in page.read_text() and "page faults" not in page.read_text()
+    assert not (tmp_path / "README.md").exists()
+
+
 def test_the_section_on_cost(results):
     results = with_times(results, eager=30.0, level2=4.0)
     told = report.cost_section(results, "benchmarks/results/here", "docs/performance.md")

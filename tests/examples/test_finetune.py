@@ -165,6 +165,16 @@ def test_the_stages_follow_the_best_arm(finetune_llm: ModuleType) -> None:
     assert sum(not arm.watched for arm in third) == 2 * len(finetune_llm.TITLES)
 
 
+def test_what_the_documents_say_was_measured(finetune_llm: ModuleType) -> None:
+    root, folder = EXAMPLES.parent, finetune_llm.RESULTS
+    results = json.loads((folder / "results.json").read_text())
+    assert finetune_llm.short_table(results) in (root / "README.md").read_text()
+    assert finetune_llm.table(results) in (root / "docs" / "language-model.md").read_text()
+    assert (folder / "table.md").read_text().startswith(finetune_llm.table(results))
+    pictures = (folder / "learnt_and_forgotten.png", root / "docs" / "images" / "language_model.png")
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
 def test_an_unknown_setup_is_refused(finetune_llm: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--texts FOLDER, or --new FILE and --old FILE"):
         finetune_llm.main(["--out", str(tmp_path)])

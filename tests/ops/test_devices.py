@@ -93,10 +93,12 @@ def test_values_and_gradients(device: torch.device, dtype: torch.dtype, state: t
     ]
     # Sums: fp32 rounding of each term, of random sign, and one of the result.
     rtol = 1e-12 if dtype == torch.float64 else 1e-6
+    # A GPU adds up in another order where a gradient of another dtype takes the kernel for any dtypes.
+    one_order = device.type == "cpu" or dtype in (grad, torch.float64)
     for result in results:
         assert result.penalty.item() == pytest.approx(penalty, rel=rtol)
         assert result.predicted.item() == pytest.approx(predicted, rel=rtol)
-        assert torch.equal(result.by_tensor, results[0].by_tensor)
+        torch.testing.assert_close(result.by_tensor, results[0].by_tensor, rtol=0 if one_order else rtol, atol=0)
     math = max(EPS[grad], EPS[dtype] if dtype == torch.float64 else EPS[torch.float32])
     for g, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(g.double().cpu(), want, rtol=8 * math, atol=64 * math)
