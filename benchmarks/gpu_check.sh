@@ -126,7 +126,8 @@ else
 fi
 
 gpu_stage bench 160 "$python" "$python" -m ewc_fast bench --device cuda \
-  --workloads gpt2_48m,gpt2_small,llama_1b,many_tiny --steps --out "$out/bench"
+  --workloads gpt2_small,llama_1b --steps --rounds 15 --out "$out" \
+  --peers eager,loop,foreach,compile_loop,level1,level2,level2_attach,level2_bf16_fisher,value
 gpu_stage bench-optimizers 60 "$python" "$python" -m ewc_fast bench --optimizers --device cuda \
   --workload llama_1b --no-steps --out "$out"
 

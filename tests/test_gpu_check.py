@@ -44,7 +44,7 @@ case "$*" in
   *is_available*) echo "${FAKE_CUDA-True}";;
   *"import numpy, pytest"*) exit "${FAKE_NO_PYTEST-0}";;
   "setup.py egg_info build_ext --inplace") act "${FAKE_BUILD-}";;
-  "-m ewc_fast bench"*) act "${FAKE_BENCH-}"; mkdir -p "${@: -1}"; echo "{}" >"${@: -1}/results.json";;
+  "-m ewc_fast bench"*) act "${FAKE_BENCH-}"; while [ "$1" != --out ]; do shift; done; echo "{}" >"$2/results.json";;
   *--collect-only*) echo "33/900 tests collected";;
   *pytest*) act "${FAKE_TESTS-}"; echo "33 passed in 9s";;
   benchmarks/gpu/penalty_passes.py*) echo 131072.0;;
@@ -112,11 +112,11 @@ def test_all_stages_pass(tools: Path, tmp_path: Path) -> None:
     assert summary(out)["tests-gpu"]["detail"] == "33 passed in 9s"
     text = (out / "summary.txt").read_text()
     assert all(name in text for name in STAGES)
-    assert (out / "bench" / "results.json").exists() and (out / "sanitizer-racecheck.log").exists()
+    assert (out / "results.json").exists() and (out / "sanitizer-racecheck.log").exists()
     assert "|cuda|setup.py egg_info build_ext --inplace" in log
     assert re.search(r"-m gpu .*tests/ops/test_devices\.py", log)
     assert "bench --optimizers --device cuda --workload llama_1b" in log
-    assert "--device cuda --workloads gpt2_48m,gpt2_small,llama_1b,many_tiny --steps" in log
+    assert "--device cuda --workloads gpt2_small,llama_1b --steps" in log
     for tool in ("memcheck", "racecheck", "initcheck"):
         assert f"[1] --tool {tool} --error-exitcode 9" in log
 
