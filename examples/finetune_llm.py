@@ -79,7 +79,7 @@ TITLES = {
     "own": "EWC, damping 0.1, Fisher of self-written text",
     "sampled": "EWC, damping 0.1, sampled labels",
 }
-SHORT = ("plain", "lora", "rehearsal", "l2sp", "ewc_damped", "own")
+SHORT = ("plain", "lora", "l2sp", "ewc_damped", "own")
 PENALISED = [method for method in TITLES if method not in ("plain", "lora", "rehearsal")]
 TESTS = {"new": "new text", "old": "old text", "same": "new text's subject in the old language"}
 

@@ -99,7 +99,7 @@ def adamw_(
     home = params[0] if params else q.anchor
     if home is None or not use_native(home.device, backend):
         return reference.adamw_(*arguments, q, options, amp, proximal, seed, ordinals)
-    rest = (*arguments, q.strides, *q[1:], *amp, *options, proximal, seed, list(ordinals))
+    rest = (*arguments, *q, *amp, *options, proximal, seed, list(ordinals))
     result = None if torch.compiler.is_compiling() else _adamw(*rest)
     return PenaltyResult(*(_call(torch.ops.ewc_fast.adamw_.default, *rest) if result is None else result))
 
@@ -135,7 +135,7 @@ def sgd_(
     home = params[0] if params else q.anchor
     if home is None or not use_native(home.device, backend):
         return reference.sgd_(params, grads, momentum_buffers, q, options, amp, first, proximal)
-    rest = (params, grads, momentum_buffers, q.strides, *q[1:], *amp, *options, first, proximal)
+    rest = (params, grads, momentum_buffers, *q, *amp, *options, first, proximal)
     result = None if torch.compiler.is_compiling() else _sgd(*rest)
     return PenaltyResult(*(_call(torch.ops.ewc_fast.sgd_.default, *rest) if result is None else result))
 
@@ -167,7 +167,7 @@ def proximal_(
     assert q.anchor is not None
     if not use_native(q.anchor.device, backend):
         return reference.proximal_(params, moments, q, rates, found_inf, root)
-    rest = (params, moments, q.strides, *q[1:], found_inf, rates, root)
+    rest = (params, moments, *q, found_inf, rates, root)
     result = None if torch.compiler.is_compiling() else _proximal(*rest)
     return PenaltyResult(*(_call(torch.ops.ewc_fast.proximal_.default, *rest) if result is None else result))
 
@@ -184,5 +184,5 @@ def puller(params: Sequence[Tensor], q: StepQuadratic, *, backend: str = "auto")
     assert q.anchor is not None
     if q.anchor.device.type != "cpu" or not use_native(q.anchor.device, backend):
         return never
-    rest = (q.strides, *q[1:], None)
+    rest = (*q, None)
     return lambda moments, rates, root: _proximal(params, moments, *rest, rates, root)
