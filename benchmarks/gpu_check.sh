@@ -122,7 +122,7 @@ else
   mapfile -t files < <(cd "$root" && grep -rlE 'mark\.gpu' --include='test_*.py' tests)
   pytest=("$python" -m pytest -q -p no:cacheprovider -m gpu "${files[@]}")
   if [ -n "$no_gpu" ]; then stage selection 30 "${pytest[@]}" --collect-only; fi
-  gpu_stage tests-gpu 100 "$python" "${pytest[@]}"
+  gpu_stage tests-gpu 150 "$python" "${pytest[@]}"
 fi
 
 gpu_stage bench 160 "$python" "$python" -m ewc_fast bench --device cuda \
