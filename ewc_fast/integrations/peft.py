@@ -12,8 +12,11 @@ from ewc_fast.layout import own_name, unwrapped
 try:
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 except ImportError as error:
     raise ImportError(f"adapters need peft ({error}): pip install 'ewc-fast[hf]'") from error
+
+_BASES = ("base_layer", "original_module")  # in which a tuner layer holds what it adapts
 
 
 def to_peft_names(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str = "default") -> dict[str, Tensor]:
@@ -29,9 +32,10 @@ def to_peft_names(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name:
         The same tensors by the names in ``adapter_model.safetensors``.
 
     Raises:
-        ValueError: The model has no such adapter, or ``tensors`` nothing of it.
+        ValueError: The model has no such adapter, or ``tensors`` nothing of it; PEFT's checkpoints leave a part of it
+            out, as they do where another adapter is named like a module; or it is of a prompt method.
     """
-    names = _checkpoint_names(model, adapter_name)
+    names, _ = _checkpoint_names(model, adapter_name)
     found = {names[name]: t for name, t in tensors.items() if name in names}
     if not found:
         raise ValueError(f"tensors have no entry of adapter {adapter_name!r}, whose names look like {list(names)[:2]}")
@@ -45,23 +49,25 @@ def from_peft_names(
 
     Args:
         model: The PeftModel, wrapped or not.
-        tensors: As in ``adapter_model.safetensors``.
+        tensors: As in ``adapter_model.safetensors``. What is saved with an adapter but is not its own (VeRA's shared
+            projections, the base weights of embeddings) is left out.
         adapter_name: The adapter of the model that they are for.
 
     Returns:
         The same tensors by the names of ``model.named_parameters()``.
 
     Raises:
-        ValueError: The model has no such adapter, or it has no such parameter.
+        ValueError: The model has no such adapter, or it has no such parameter; or as for :func:`to_peft_names`.
     """
-    names = {theirs: own for own, theirs in _checkpoint_names(model, adapter_name).items()}
-    unknown = [name for name in tensors if name not in names]
+    own, besides = _checkpoint_names(model, adapter_name)
+    names = {theirs: name for name, theirs in own.items()}
+    unknown = [name for name in tensors if name not in names and name not in besides]
     if unknown:
         raise ValueError(
             f"adapter {adapter_name!r} has no {', '.join(unknown)}; its names look like {list(names)[:2]}: make it "
             "with the checkpoint's own config"
         )
-    return {names[name]: t for name, t in tensors.items()}
+    return {names[name]: t for name, t in tensors.items() if name in names}
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -91,24 +97,53 @@ def check_adapters(model: nn.Module) -> None:
                 )
 
 
-def _checkpoint_names(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """The names in a checkpoint of an adapter's parameters by the model's own names."""
+def _checkpoint_names(model: nn.Module, adapter_name: str) -> tuple[dict[str, str], set[str]]:
+    """The names in a checkpoint of an adapter's parameters by the model's own names; what else may be in it."""
     model = unwrapped(model)
     if not isinstance(model, PeftModel):
         raise ValueError(f"model must be a PeftModel, got {type(model).__name__}: wrap it with get_peft_model first")
     if adapter_name not in model.peft_config:
         raise ValueError(f"adapter_name: there is no {adapter_name!r}, only {', '.join(model.peft_config)}")
+    config = model.peft_config[adapter_name]
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"adapter {adapter_name!r} is {config.peft_type.value}, and prompt methods are not supported: keep the "
+            "model's own names, as ewc.save does"
+        )
+    state = model.state_dict(keep_vars=True)  # the parameters themselves, to know them by
+    # PEFT's own function, for the rules differ between its methods.
+    saved = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
     own = {id(p): own_name(model, name) for name, p in model.named_parameters()}
-    # PEFT's own function, for the rules differ between its methods; keep_vars so that it returns the parameters.
-    saved = get_peft_model_state_dict(
-        model, state_dict=model.state_dict(keep_vars=True), adapter_name=adapter_name, save_embedding_layers=False
-    )
-    # Up to 0.18 it takes an adapter for another whose name begins with the first one's.
-    others = model.peft_config.keys() - {adapter_name}
+    owners = {own[id(p)]: _adapter_of(model, name) for name, p in model.named_parameters()}
+    # It may take another adapter for this one: up to 0.18 where a name begins with this one's.
     names = {own[id(t)]: theirs for theirs, t in saved.items() if id(t) in own}
-    names = {name: theirs for name, theirs in names.items() if others.isdisjoint(name.split("."))}
+    names = {name: theirs for name, theirs in names.items() if owners[name] in (adapter_name, None)}
+    # Newer versions drop those in whose path another adapter's name occurs.
+    others = model.peft_config.keys() - {adapter_name}
+    unsaved = [name for name, owner in owners.items() if owner == adapter_name and name not in names]
+    trained = {own[id(p)] for p in model.parameters() if p.requires_grad}
+    lost = [name for name in unsaved if name in trained or not others.isdisjoint(name.split("."))]
+    if lost:
+        clash = next((part for part in lost[0].split(".") if part in others), None)
+        raise ValueError(
+            f"adapter {adapter_name!r}: PEFT's checkpoints leave out {len(lost)} of its parameters, such as {lost[0]}: "
+            + (f"name adapter {clash!r} otherwise, not like a module" if clash else "keep the model's own names")
+        )
     if len(set(names.values())) < len(names):
         raise ValueError(
             f"adapter {adapter_name!r}: PEFT saves two of its parameters under one name; rename the adapter"
         )
-    return names
+    frozen = {name for name, t in state.items() if not t.requires_grad}
+    return names, (saved.keys() | frozen) - set(names.values())
+
+
+def _adapter_of(model: nn.Module, name: str) -> str | None:
+    """The adapter that a parameter belongs to: the key in a tuner layer's own dictionary, wherever else it occurs."""
+    module: object = model
+    held = False
+    for part in name.split("."):
+        if held and isinstance(module, (nn.ModuleDict, nn.ParameterDict)):
+            return part
+        held = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and part not in _BASES
+        module = getattr(module, part, None)
+    return None

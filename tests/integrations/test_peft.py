@@ -15,7 +15,15 @@ from ewc_fast import EWCLoss
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft import (  # noqa: E402
+    AdaLoraConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification  # noqa: E402
 
@@ -153,6 +161,57 @@ def test_checkpoint_names(tmp_path: Path) -> None:
     assert len(ewc.fisher) == 10  # the two do not share an entry
     wrapped = nn.DataParallel(model)
     assert to_peft_names(wrapped, EWCLoss(wrapped).anchor or own, "xy").keys() == saved.keys()
+
+
+@pytest.mark.parametrize("names", [("0", "1"), ("default", "model"), ("mine", "self_attn"), ("task", "layers")])
+def test_an_adapter_named_like_a_module_costs_no_entry(names: tuple[str, str]) -> None:
+    """Where PEFT can save them: some of its versions drop another's name wherever it stands in a path."""
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**{**BASE, "num_hidden_layers": 2})), lora(), names[0])
+    model.add_adapter(names[1], lora())
+    own = {n: p.detach() for n, p in trained(model).items()}
+    for active in (names[1], names[0]):
+        model.set_adapter(active)
+        try:
+            saved = to_peft_names(model, own, names[0])
+        except ValueError as error:
+            assert names[0] != "default"
+            assert "leave out" in str(error) and f"name adapter {names[1]!r} otherwise" in str(error)
+            with pytest.raises(ValueError, match="leave out"):
+                from_peft_names(model, {}, names[0])
+            continue
+        back = from_peft_names(model, saved, names[0])
+        assert len(own) == 8 and back.keys() == own.keys() and all(torch.equal(back[n], own[n]) for n in own)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers` to `True`", "ignore:Could not find a config file in"
+)
+@pytest.mark.parametrize(
+    "config",
+    [
+        VeraConfig(r=2, target_modules=["q_proj", "v_proj"]),
+        LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]),
+        AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+    ],
+    ids=["vera", "embedding", "adalora"],
+)
+def test_what_is_saved_and_not_trained_or_the_other_way_is_left_out(config: PeftConfig, tmp_path: Path) -> None:
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**BASE)), config)
+    own = {n: p.detach() for n, p in trained(model).items()}
+    assert own
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert to_peft_names(model, own).keys() <= saved.keys()
+    back = from_peft_names(model, saved)
+    assert back.keys() == own.keys() and all(torch.equal(back[n], own[n]) for n in own)
+
+
+def test_prompt_methods_are_refused() -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**BASE)), config)
+    for rename in (to_peft_names, from_peft_names):
+        with pytest.raises(ValueError, match="'default' is PROMPT_TUNING, and prompt methods are not supported"):
+            rename(model, {})
 
 
 def test_names_that_do_not_fit() -> None:
