@@ -43,7 +43,8 @@ class EWCCallback(Callback):
 
     ``ewc/penalty`` and ``ewc/predicted_forgetting`` are logged after every batch, as the newest step found them, and
     with a probe ``ewc/measured_forgetting``. Fisher and anchor are saved in Lightning's checkpoints and restored from
-    them, so that a resumed run still returns to the original anchor; lambda and damping are what ``ewc`` is made with.
+    them by ``fit``, so that a resumed run still returns to the original anchor; an evaluation of a checkpoint leaves
+    them as they are. lambda and damping are what ``ewc`` is made with.
 
     Args:
         ewc: The penalty, on the LightningModule or a module in it.
@@ -82,11 +83,13 @@ class EWCCallback(Callback):
             raise ValueError(f"{', '.join(estimate)}: only with consolidate=, the batches to estimate a Fisher on")
         self.ewc, self.coupling, self.probe, self.probe_every = ewc, coupling, probe, probe_every
         self._consolidate, self._estimate = consolidate, estimate
+        self._stage = "fit"
         self._attachments: dict[Optimizer, Attachment | None] = {}
         self._measured = 0  # how many times probe_every steps had been done at the newest measurement
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuses what this version cannot serve."""
+        self._stage = stage
         if stage != "fit":
             return
         for kind in type(trainer.strategy).__mro__:
@@ -172,9 +175,10 @@ class EWCCallback(Callback):
         return self.ewc.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores them from it.
+        """Restores them from it, to train; an evaluation of a checkpoint must not undo what was consolidated since.
 
         Raises:
             ValueError: They are of another model, mode or gamma.
         """
-        self.ewc.load_state_dict(state_dict)
+        if self._stage == "fit":
+            self.ewc.load_state_dict(state_dict)

@@ -395,6 +395,21 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
         assert torch.equal(fresh.fisher[name], ewc.fisher[name])
 
 
+@pytest.mark.parametrize("evaluation", ["test", "validate", "predict"])
+def test_evaluating_a_checkpoint_leaves_what_is_consolidated(evaluation: str, tmp_path: Path) -> None:
+    module, ewc = prepared(OPTIMIZERS["sgd"])
+    data = batches(2)
+    run = trainer(EWCCallback(ewc, consolidate=loader(data), kind="empirical"))
+    module.test_step = module.validation_step = module.predict_step = lambda batch, batch_idx: torch.zeros(())
+    module.on_train_epoch_end = lambda: run.save_checkpoint(tmp_path / "before.ckpt")
+    run.fit(module, loader(data))
+    fisher, anchor = state_of(ewc)
+    getattr(run, evaluation)(module, loader(data), ckpt_path=tmp_path / "before.ckpt", weights_only=True)
+    assert ewc.num_tasks == 2
+    for name in anchor:
+        assert torch.equal(ewc.fisher[name], fisher[name]) and torch.equal(ewc.anchor[name], anchor[name])
+
+
 def test_consolidates_at_the_end() -> None:
     module, ewc = prepared(OPTIMIZERS["sgd"])
     data = batches(4)
