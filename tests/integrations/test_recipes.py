@@ -1,10 +1,11 @@
-"""The recipes of docs/trainer.md for frameworks that are installed by few, run where they are."""
+"""What docs/trainer.md shows works; the recipes for frameworks that are installed by few, where these are."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,16 @@ pytest.importorskip("transformers")
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments  # noqa: E402
 
+from ewc_fast.integrations.transformers import EWCCallback  # noqa: E402
+
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "trainer.md").read_text()
+SNIPPETS = dict(
+    zip(
+        ("trainer", "optimizer", "peft", "trl"),
+        re.findall(r"^```python\n(.*?)^```$", DOCUMENT, flags=re.MULTILINE | re.DOTALL),
+        strict=True,
+    )
+)
 RECIPES = re.findall(r"^```py\n(.*?)^```$", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -25,6 +35,26 @@ CONFIG = LlamaConfig(
     num_attention_heads=2,
     tie_word_embeddings=False,
 )
+
+
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_snippets_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in ("peft", "trl"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    exec(compile(SNIPPETS[name], f"docs/trainer.md, {name}", "exec"), namespace)
+    if name == "peft":
+        ewc = namespace["ewc"]
+        assert ewc.is_attached(namespace["optimizer"]) and len(namespace["saved"]) == len(ewc.anchor) == 8
+        assert ewc.num_tasks == 2  # the second is the one that came back by PEFT's names
+        return
+    trainer = namespace["trainer"]
+    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, EWCCallback))
+    assert callback.ewc.num_tasks == 1 and callback.ewc.last_penalty > 0
+    if name == "trainer":
+        assert sum("ewc/measured_forgetting" in entry for entry in trainer.state.log_history) == 4
+        assert (tmp_path / "out" / "checkpoint-8" / "ewc.safetensors").exists()
 
 
 def recipe(name: str) -> str:
