@@ -13,7 +13,9 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name != "accelerate":
         raise
-    raise ImportError("this needs Accelerate: pip install ewc-fast[accelerate]") from missing
+    raise ImportError(
+        'this needs Accelerate: in a checkout, pip install --no-build-isolation ".[accelerate]"'
+    ) from missing
 
 # These shard the parameters, or update them where no hook can act.
 _REFUSED = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "FSDP": "FSDP"}

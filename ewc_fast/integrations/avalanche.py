@@ -21,7 +21,9 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name != "avalanche":
         raise
-    raise ImportError("EWCFastPlugin needs Avalanche: pip install ewc-fast[avalanche]") from missing
+    raise ImportError(
+        'EWCFastPlugin needs Avalanche: in a checkout, pip install --no-build-isolation ".[avalanche]"'
+    ) from missing
 
 
 class EWCFastPlugin(EWCPlugin):

@@ -22,7 +22,9 @@ except ModuleNotFoundError as missing:
     except ModuleNotFoundError as missing:
         if missing.name != "pytorch_lightning":
             raise
-        raise ImportError("EWCCallback needs Lightning: pip install ewc-fast[lightning]") from missing
+        raise ImportError(
+            'EWCCallback needs Lightning: in a checkout, pip install --no-build-isolation ".[lightning]"'
+        ) from missing
 
 # These shard the parameters, or update them where no hook can act.
 _REFUSED_STRATEGIES = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")

@@ -14,7 +14,9 @@ try:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 except ImportError as error:
-    raise ImportError(f"adapters need peft ({error}): pip install 'ewc-fast[hf]'") from error
+    raise ImportError(
+        f'adapters need peft ({error}): in a checkout, pip install --no-build-isolation ".[hf]"'
+    ) from error
 
 _BASES = ("base_layer", "original_module")  # in which a tuner layer holds what it adapts
 

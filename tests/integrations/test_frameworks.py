@@ -98,17 +98,18 @@ def test_the_plain_loop_is_right_and_resumes(tmp_path: Path, monkeypatch: pytest
 def test_the_package_imports_no_framework_and_a_missing_one_is_named() -> None:
     code = (
         "import sys, ewc_fast, ewc_fast.integrations\n"
-        "names = 'lightning', 'pytorch_lightning', 'accelerate', 'avalanche', 'transformers'\n"
+        "names = 'lightning', 'pytorch_lightning', 'accelerate', 'avalanche', 'transformers', 'peft'\n"
         "assert not any(name in sys.modules for name in names)\n"
         "import importlib.abc\n"
         "class Hidden(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
         "        if name in names: raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Hidden())\n"
-        "for name in 'lightning', 'accelerate', 'avalanche':\n"
+        "for name in 'lightning', 'accelerate', 'avalanche', 'peft':\n"
         "    try: __import__('ewc_fast.integrations.' + name)\n"
         "    except ImportError as error: print(error)\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for extra in ("lightning", "accelerate", "avalanche"):
-        assert f"pip install ewc-fast[{extra}]" in out
+    for extra in ("lightning", "accelerate", "avalanche", "hf"):
+        assert f'in a checkout, pip install --no-build-isolation ".[{extra}]"' in out
+        assert f"`{extra}`" in (DOCUMENT.parent / "install.md").read_text()
