@@ -92,7 +92,7 @@ def select_parameters(
         unselected ones); the names of its buffers.
 
     Raises:
-        ValueError: A name, pattern or tensor matches no parameter of the model.
+        ValueError: A name, pattern or tensor matches no parameter of the model, or a parameter to protect is sharded.
     """
     chosen = trainable_parameters(model)
     every = dict(_named(model, aliases=True))
@@ -105,6 +105,12 @@ def select_parameters(
                 raise ValueError(f"params: {pattern!r} is no parameter of the model; names look like {list(every)[:3]}")
             wanted |= hits
         chosen = {name: p for name, p in chosen.items() if name in wanted}
+    for name, p in chosen.items():
+        if hasattr(p, "device_mesh"):  # as FSDP2 and tensor parallelism leave it
+            raise ValueError(
+                f"{name} is sharded (a DTensor), which this version does not penalise: train with DDP, or leave it out "
+                "with params="
+            )
     buffers = frozenset(own_name(model, name) for name, _ in model.named_buffers(remove_duplicate=False))
     return chosen, frozenset(every.keys() - chosen.keys()), buffers
 

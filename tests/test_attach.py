@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
-from ewc_fast import EWCLoss
+from ewc_fast import EWCAdamW, EWCLoss
 
 LAMBDA = 3.0
 
@@ -299,6 +301,39 @@ def test_bad_arguments() -> None:
     ewc.attach(optimizer)
     with pytest.raises(ValueError, match="attached to this optimizer already"):
         ewc.attach(optimizer)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_sharded_parameters_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    fisher = {name: torch.ones(p.shape) for name, p in model.named_parameters()}
+    ewc = EWCLoss(model)
+    ewc.consolidate(fisher=fisher)
+    anchor = {name: t.clone() for name, t in ewc.anchor.items()}
+    fully_shard(model[1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    message = r"1.weight is sharded \(a DTensor\), .*: train with DDP, or leave it out with params="
+    for coupling in ("coupled", "proximal"):
+        with pytest.raises(ValueError, match=message):
+            ewc.attach(optimizer, coupling)
+    with pytest.raises(ValueError, match=message):
+        EWCAdamW(model.parameters(), ewc=ewc)
+    with pytest.raises(ValueError, match=message):
+        ewc.consolidate(fisher=fisher, anchor={name: t + 1 for name, t in anchor.items()})
+    with pytest.raises(ValueError, match=message):
+        EWCLoss(model)
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert not ewc.is_attached(optimizer) and ewc.num_tasks == 1
+    assert all(torch.equal(ewc.anchor[name], anchor[name]) for name in anchor)
+    assert EWCLoss(model, params=["0.*"]).attach(optimizer).coupling == "coupled"
 
 
 def test_a_closure_is_refused_before_anything_is_written() -> None:

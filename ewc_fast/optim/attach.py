@@ -156,6 +156,7 @@ class AttachHandle(Attachment):
 
     def __init__(self, ewc: EWCLoss, optimizer: torch.optim.Optimizer, coupling: str, every: int = 1) -> None:
         super().__init__(ewc, optimizer, coupling, every)
+        ewc._select()  # what cannot be penalised is an error before there is a hook
         with_steps = [kind for kind in type(optimizer).__mro__ if "step" in vars(kind)]
         self._may_nest = len(with_steps) > 2  # one is torch's base class
         self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
