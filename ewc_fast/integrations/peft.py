@@ -135,8 +135,8 @@ def _checkpoint_names(model: nn.Module, adapter_name: str) -> tuple[dict[str, st
         raise ValueError(
             f"adapter {adapter_name!r}: PEFT saves two of its parameters under one name; rename the adapter"
         )
-    frozen = {name for name, t in state.items() if not t.requires_grad}
-    return names, (saved.keys() | frozen) - set(names.values())
+    base = {name for name, t in state.items() if not t.requires_grad and _adapter_of(model, name) is None}
+    return names, (saved.keys() | base) - set(names.values())
 
 
 def _adapter_of(model: nn.Module, name: str) -> str | None:

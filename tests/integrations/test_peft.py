@@ -222,6 +222,9 @@ def test_names_that_do_not_fit() -> None:
         to_peft_names(model, {"x": torch.zeros(1)})
     with pytest.raises(ValueError, match="adapter 'default' has no x; its names look like"):
         from_peft_names(model, {"x": torch.zeros(1)})
+    model.requires_grad_(False)  # as an adapter is that is not active
+    with pytest.raises(ValueError, match="adapter 'default' has no .*lora_A.default.weight"):
+        from_peft_names(model, {n: p.detach() for n, p in model.named_parameters()})
     with pytest.raises(ValueError, match="model must be a PeftModel, got LlamaForCausalLM"):
         from_peft_names(model.get_base_model(), {})
 
