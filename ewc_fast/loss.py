@@ -745,9 +745,9 @@ class EWCLoss:
 
         :func:`torch.nn.utils.clip_grad_norm_` before an attached optimizer's step clips the task's gradient alone, to
         which the step then adds the penalty's. This adds it first, where an optimizer of these parameters is attached
-        with ``"coupled"``, and its coming step adds none. Call it before every step, for a part of the parameters after
-        the other if need be, and with a GradScaler after ``scaler.unscale_``. A proximal pull is no gradient and is
-        not clipped.
+        with ``"coupled"``, and its coming step adds none; once for each parameter, also where several are attached.
+        Call it before every step, for a part of the parameters after the other if need be, and with a GradScaler after
+        ``scaler.unscale_``. A proximal pull is no gradient and is not clipped.
 
         Args:
             parameters: As for torch's function, as are the others.
@@ -767,8 +767,11 @@ class EWCLoss:
             if handle.coupling == "coupled"
             and any(id(p) in clipped for group in handle.param_groups() for p in group["params"])
         ]
-        for handle in handles:
-            handle.add_now()
+        done: frozenset[int] = frozenset()
+        for handle in sorted(handles, key=lambda handle: -handle.number):  # the newest is the one in use
+            handle.add_now(done)
+            if len(handles) > 1:
+                done |= {id(p) for part in handle.parts() for p in part.params}
         norm = nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
         for handle in handles:
             handle.remember()

@@ -212,6 +212,30 @@ def test_two_live_optimizers_over_the_same_parameters_do_not_add_up() -> None:
         assert ewc.last_penalty.item() == pytest.approx(penalised(model, ewc).item(), rel=1e-5)
 
 
+def test_clipping_adds_the_penalty_of_each_parameter_once() -> None:
+    """As with an optimizer that an interrupted training has left behind; the older one steps a part of them."""
+    model, ewc = make(torch.float64)
+    old, new, rest = (torch.optim.SGD(p, lr=0.1) for p in (model.parameters(), model[0].parameters(), [model[2].bias]))
+    for optimizer in (old, new, rest):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is penalised twice
+            ewc.attach(optimizer)
+    for optimizer in (new, old):
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        wanted = torch.autograd.grad(penalised(model, ewc), list(model.parameters()))
+        optimizer.zero_grad()
+        (0 * task_loss(model, (torch.randn(4, 6, dtype=torch.float64), torch.randint(3, (4,))))).backward()
+        for _ in range(2):
+            norm = ewc.clip_grad_norm_(model.parameters(), 1e9)
+            torch.testing.assert_close(norm, torch.cat([g.flatten() for g in wanted]).norm())
+        assert ewc.last_penalty.item() == pytest.approx(penalised(model, ewc).item(), rel=1e-5)
+        optimizer.step()
+        stepped = {id(p) for p in optimizer.param_groups[0]["params"]}
+        for (n, p), g in zip(model.named_parameters(), wanted, strict=True):
+            torch.testing.assert_close(p.detach(), before[n] - (0.1 * g if id(p) in stepped else 0.0))
+        model.zero_grad()
+
+
 def test_a_parameter_swapped_into_a_group_is_penalised() -> None:
     model, ewc = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

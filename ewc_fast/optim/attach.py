@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 COUPLINGS = ("coupled", "proximal")
 NOT_IN_OPTIMIZER = "none of the parameters that EWC protects is in the attached optimizer: the penalty has no effect"
 SCALE_KEY = "ewc_lambda_scale"  # of a parameter group: a factor of lambda
+
+_numbers = count()
 
 
 def check_coupling(coupling: str) -> None:
@@ -39,6 +42,7 @@ class Attachment:
 
     def __init__(self, ewc: EWCLoss, optimizer: torch.optim.Optimizer, coupling: str, every: int = 1) -> None:
         self.ewc, self.coupling, self.every = ewc, coupling, every
+        self.number = next(_numbers)  # the newest has the highest
         self._optimizer = weakref.ref(optimizer)
         self._parts: list[Part] = []
         self._groups: list[dict[str, Any]] | None = None  # what the parts were made of, as are the next two
@@ -73,15 +77,18 @@ class Attachment:
         the step for which it was added has been skipped then."""
         return self._added is not None and any(p.grad is not None and grad() is p.grad for p, grad, _ in self._added)
 
-    def add_now(self) -> None:
+    def add_now(self, done: frozenset[int] = frozenset()) -> None:
         """Adds this step's gradient before the step, which then adds none.
 
         Gradients that have been changed in place since it was added last are new ones.
+
+        Args:
+            done: The ids of parameters to which another handle has added it.
         """
         if self.added and all(p.grad is not None and p.grad._version == v for p, _, v in self._added or ()):
             return
         if self._steps % self.every == 0:
-            self.ewc._accumulate(self, self.parts)
+            self.ewc._accumulate(self, lambda: [part for p in self.parts() if (part := _without(p, done)) is not None])
         self.remember()
 
     def remember(self) -> None:
@@ -130,6 +137,13 @@ class Attachment:
         self._groups, self._generation = groups, self.ewc._generation
         self._parts, self._names = parts, names
         return parts
+
+
+def _without(part: Part, done: frozenset[int]) -> Part | None:
+    left = [i for i, p in enumerate(part.params) if id(p) not in done]
+    if len(left) == len(part.params):
+        return part
+    return part.subset(left, maximize=part.maximize) if left else None
 
 
 def _is_inner(optimizer: torch.optim.Optimizer) -> bool:
