@@ -6,6 +6,7 @@ import inspect
 import json
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -33,6 +34,8 @@ except ImportError as error:
 STATE_FILE = "ewc.safetensors"
 BUDGET_FILE = "ewc_budget.json"
 CLIPS = ("sum", "task")
+
+_attached: weakref.WeakSet[AttachHandle] = weakref.WeakSet()  # by callbacks, of trainings that may have broken off
 
 _PROBLEMS = {"multi_label_classification": "binary_cross_entropy", "regression": "gaussian"}
 
@@ -115,6 +118,7 @@ class EWCCallback(TrainerCallback):
         self.budget, self._consolidate = budget, consolidate
         self._handle: AttachHandle | None = None
         self._trainer: Trainer | None = None  # while it trains
+        self._clip: _Clip | None = None
         self._measured: float | None = None
         self._measured_at = 0
 
@@ -135,12 +139,16 @@ class EWCCallback(TrainerCallback):
         """The Trainer is built."""
         trainer, _ = self._find_trainer()
         _check_strategy(trainer)
-        self._make_ewc(trainer)
+        _check_callbacks(trainer, self._make_ewc(trainer))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attaches the penalty, after what would be an error later."""
         self._detach()  # what a training that was broken off has left behind
         trainer, resumed_from = self._find_trainer()
+        with _detached_on_error(trainer):
+            self._begin(trainer, resumed_from)
+
+    def _begin(self, trainer: Trainer, resumed_from: str | None) -> None:
         _check_strategy(trainer)
         if self._made is None and resumed_from is not None:
             raise ValueError(
@@ -148,26 +156,26 @@ class EWCCallback(TrainerCallback):
                 "Trainer with callbacks=[...], so that it is called before"
             )
         ewc = self._make_ewc(trainer)
+        _check_callbacks(trainer, ewc)
         _check_parameters(ewc)
         _check_adapters(trainer.model)
         if self._consolidate is not None:
             _check_dataset(trainer, ewc, self._with_defaults(trainer))
         accelerator, optimizer = trainer.accelerator, _inner(trainer.optimizer)
-        if self.clip == "sum" and "clip_grad_norm_" in vars(accelerator):
+        clip = vars(accelerator).get("clip_grad_norm_")
+        if isinstance(clip, _Clip) and clip.ewc is ewc:  # what another callback's has left behind
+            del accelerator.clip_grad_norm_
+        elif self.clip == "sum" and clip is not None:
             raise ValueError("clip='sum': something else has replaced accelerator.clip_grad_norm_; take clip='task'")
         attachment = self._attach(optimizer)
-        try:
-            if resumed_from is not None:
-                self._load(Path(resumed_from))
-            if ewc.num_tasks and not attachment.parts():
-                raise ValueError(
-                    f"the optimizer steps none of the protected parameters (such as {next(iter(ewc.fisher))}): freeze "
-                    "or wrap the model (PEFT) first, then make the EWCLoss from the model that the Trainer trains, "
-                    "trainer.model"
-                )
-        except ValueError:
-            self._detach()
-            raise
+        if resumed_from is not None:
+            self._load(Path(resumed_from))
+        if ewc.num_tasks and not attachment.parts():
+            raise ValueError(
+                f"the optimizer steps none of the protected parameters (such as {next(iter(ewc.fisher))}): freeze or "
+                "wrap the model (PEFT) first, then make the EWCLoss from the model that the Trainer trains, "
+                "trainer.model"
+            )
         if not ewc.num_tasks and self._consolidate is None:
             warnings.warn(
                 "no task is consolidated yet, so that the penalty is 0: call ewc.consolidate(...) before training, or "
@@ -177,20 +185,14 @@ class EWCCallback(TrainerCallback):
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)  # before the reporters, which are to see what it logs
+        self._trainer, self._measured = trainer, None
         if self.clip == "sum":
-
-            def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
-                accelerator.unscale_gradients()
-                return ewc.clip_grad_norm_(parameters, max_norm, norm_type)
-
-            accelerator.clip_grad_norm_ = clip_grad_norm_
-        self._trainer = trainer
-        self._measured = None
+            self._clip = accelerator.clip_grad_norm_ = _Clip(accelerator, ewc)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts the step for the budget."""
         if self.budget is not None and self._trainer is not None:
-            with _own_precision(self._trainer.model):
+            with _detached_on_error(self._trainer), _own_precision(self._trainer.model):
                 self.budget.step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -199,7 +201,7 @@ class EWCCallback(TrainerCallback):
             return
         due = self._measured is None or state.global_step - self._measured_at >= self.probe_every
         if self.probe is not None and due:
-            with _own_precision(self._trainer.model):
+            with _detached_on_error(self._trainer), _own_precision(self._trainer.model):
                 self._measured = float(self.probe())
             self._measured_at = state.global_step
         own = {name: float(value) for name, value in (self.budget or self.ewc).logs().items()}
@@ -214,9 +216,10 @@ class EWCCallback(TrainerCallback):
         if not args.should_save:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.ewc.save(folder / STATE_FILE)
-        if self.budget is not None:
-            (folder / BUDGET_FILE).write_text(json.dumps(self.budget.state_dict()))
+        with _detached_on_error(self._trainer):
+            self.ewc.save(folder / STATE_FILE)
+            if self.budget is not None:
+                (folder / BUDGET_FILE).write_text(json.dumps(self.budget.state_dict()))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detaches the penalty, and ends the task if that was asked for."""
@@ -267,6 +270,8 @@ class EWCCallback(TrainerCallback):
         return {**defaults, **(self._consolidate or {})}
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
+        for handle in [handle for handle in _attached if handle.ewc is self.ewc]:
+            handle.remove()  # of another callback, whose training was broken off
         present = self.ewc._attachment_of(optimizer)
         if present is not None:
             if self.coupling not in (None, present.coupling):
@@ -276,6 +281,7 @@ class EWCCallback(TrainerCallback):
                 )
             return present
         self._handle = self.ewc.attach(optimizer, self.coupling or "coupled")
+        _attached.add(self._handle)
         return self._handle
 
     def _detach(self) -> None:
@@ -283,8 +289,10 @@ class EWCCallback(TrainerCallback):
             self._handle.remove()
             self._handle = None
         if self._trainer is not None:
-            vars(self._trainer.accelerator).pop("clip_grad_norm_", None)  # back to the class's own
-            self._trainer = None
+            own = vars(self._trainer.accelerator)
+            if self._clip is not None and own.get("clip_grad_norm_") is self._clip:
+                del own["clip_grad_norm_"]  # back to the class's own; another's stays
+            self._trainer = self._clip = None
 
     def _load(self, folder: Path) -> None:
         path = folder / STATE_FILE
@@ -381,6 +389,17 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+class _Clip:
+    """What stands in for an accelerator's ``clip_grad_norm_`` under ``clip="sum"``."""
+
+    def __init__(self, accelerator: Any, ewc: EWCLoss) -> None:
+        self.accelerator, self.ewc = accelerator, ewc
+
+    def __call__(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
+        self.accelerator.unscale_gradients()
+        return self.ewc.clip_grad_norm_(parameters, max_norm, norm_type)
+
+
 @contextmanager
 def _own_precision(model: nn.Module) -> Iterator[None]:
     """Takes off the autocast that accelerate puts around a model's forward: what a probe is compared with was said
@@ -395,6 +414,18 @@ def _own_precision(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.forward = patched
+
+
+@contextmanager
+def _detached_on_error(trainer: Trainer | None) -> Iterator[None]:
+    """Detaches every penalty of a Trainer where this one's callback fails: its training ends then, without an event."""
+    try:
+        yield
+    except BaseException:
+        for callback in [] if trainer is None else trainer.callback_handler.callbacks:
+            if isinstance(callback, EWCCallback):
+                callback._detach()
+        raise
 
 
 # ---- what would be an error later ----
@@ -418,6 +449,12 @@ def _check_strategy(trainer: Trainer) -> None:
         "with DDP",
     }
     raise ValueError(remedies.get(kind, f"{kind}: this version penalises single processes and DDP, take one of these"))
+
+
+def _check_callbacks(trainer: Trainer, ewc: EWCLoss) -> None:
+    callbacks = trainer.callback_handler.callbacks
+    if sum(isinstance(callback, EWCCallback) and callback._made is ewc for callback in callbacks) > 1:
+        raise ValueError("callbacks: two of them are an EWCCallback of the same EWCLoss: leave one out")
 
 
 def _check_parameters(ewc: EWCLoss) -> None:

@@ -537,6 +537,88 @@ def test_training_that_breaks_off_leaves_nothing_doubled(tmp_path: Path) -> None
     assert_same_weights(model, plain)
 
 
+class Stop(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("error:a parameter is penalised by two")
+@pytest.mark.parametrize("same", ["nothing", "optimizer", "trainer"])
+@pytest.mark.parametrize("clip", ["sum", "task"])
+def test_another_callback_after_a_training_that_broke_off(tmp_path: Path, same: str, clip: str) -> None:
+    model = make_model()
+    ewc, recorder = make_ewc(model), Recorder()
+    args = make_args(tmp_path, max_grad_norm=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    arguments: dict[str, Any] = dict(args=args, train_dataset=make_data(), data_collator=recorder)
+    arguments["optimizers"] = (None if same == "nothing" else optimizer, None)
+    broken = Trainer(model, callbacks=[EWCCallback(ewc), Stop()], **arguments)  # stays, with its optimizer
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    recorder.samples.clear()
+    plain, callback = copy.deepcopy(model), EWCCallback(ewc, clip=clip)
+    if same == "trainer":
+        trainer = broken
+        for kind in (EWCCallback, Stop):
+            trainer.remove_callback(kind)
+        trainer.add_callback(callback)
+    else:
+        trainer = Trainer(model, callbacks=[callback], **arguments)
+    trainer.train()
+    plain_loop(plain, torch.optim.SGD(plain.parameters(), lr=LR), recorder.samples, ewc, clip=clip, max_norm=1.0)
+    assert_same_weights(model, plain)
+    assert not ewc._is_attached() and "clip_grad_norm_" not in vars(trainer.accelerator)
+
+
+def test_errors_leave_nothing_attached(tmp_path: Path) -> None:
+    asked = []
+
+    def fail() -> float:
+        asked.append(0)
+        if len(asked) == 1:  # the budget's baseline
+            return 0.0
+        raise OSError("the probe")
+
+    model = make_model()
+    ewc, other = make_ewc(model), make_ewc(model)
+    saved = tmp_path / "checkpoint-1"
+    args = make_args(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    Trainer(model, args, train_dataset=make_data(), callbacks=[EWCCallback(ewc)]).train()
+    (saved / "ewc.safetensors").unlink()
+    (saved / "ewc.safetensors").mkdir()
+    cases: list[tuple[list[TrainerCallback], type[Exception], str]] = [
+        ([EWCCallback(ewc)], OSError, "ewc.safetensors"),
+        ([EWCCallback(other), EWCCallback(ewc)], ValueError, "something else has replaced accelerator.clip_grad_norm_"),
+        ([EWCCallback(ewc, budget=EWCBudget(ewc, 0.1, fail, every=1))], OSError, "the probe"),
+        ([EWCCallback(ewc, probe=fail)], OSError, "the probe"),
+    ]
+    for i, (callbacks, error, message) in enumerate(cases):
+        trainer = Trainer(model, make_args(tmp_path), train_dataset=make_data(), callbacks=callbacks)
+        with pytest.raises(error, match=message):
+            trainer.train(resume_from_checkpoint=None if i else str(saved))
+        assert not ewc._is_attached() and not other._is_attached()
+        assert "clip_grad_norm_" not in vars(trainer.accelerator)
+
+
+def test_clipping_that_another_library_has_replaced_stays(tmp_path: Path) -> None:
+    model = make_model()
+    callback = EWCCallback(make_ewc(model), clip="task")
+    trainer = Trainer(model, make_args(tmp_path), train_dataset=make_data(), callbacks=[callback])
+    clip = trainer.accelerator.clip_grad_norm_
+    trainer.accelerator.clip_grad_norm_ = others = lambda *args, **kwargs: clip(*args, **kwargs)
+    trainer.train()
+    assert vars(trainer.accelerator)["clip_grad_norm_"] is others
+
+
+def test_a_penalty_has_one_callback(tmp_path: Path) -> None:
+    model = make_model()
+    ewc = make_ewc(model)
+    callback = EWCCallback(ewc)
+    for other in (callback, EWCCallback(ewc, clip="task")):
+        with pytest.raises(ValueError, match="callbacks: two of them are an EWCCallback of the same EWCLoss"):
+            Trainer(model, make_args(tmp_path), train_dataset=make_data(), callbacks=[callback, other])
+
+
 def test_imported_lazily_and_a_missing_package_is_named() -> None:
     command = (
         "import sys, ewc_fast; assert not {'transformers', 'accelerate', 'peft', 'trl'} & set(sys.modules); "
