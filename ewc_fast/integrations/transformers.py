@@ -7,9 +7,9 @@ import json
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,6 +38,7 @@ CLIPS = ("sum", "task")
 _attached: weakref.WeakSet[AttachHandle] = weakref.WeakSet()  # by callbacks, of trainings that may have broken off
 
 _PROBLEMS = {"multi_label_classification": "binary_cross_entropy", "regression": "gaussian"}
+_CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Sequence", "Image", "Video", "Audio"))
 
 
 class EWCCallback(TrainerCallback):
@@ -68,8 +69,9 @@ class EWCCallback(TrainerCallback):
         probe_every: Ask the probe when a loss is logged, the first time and then if so many steps have gone since.
         budget: Sets lambda as training goes on; its ``step()`` is called after each optimizer step.
         consolidate: Ends the task when training has ended: arguments of :func:`consolidate`, by name, without ``ewc``.
-            Of these, ``dataset`` and ``collator`` are the Trainer's own if left out (``consolidate={}``), and
-            ``generator`` one that is seeded with ``args.seed``.
+            Of these, ``dataset``, ``collator`` and ``columns`` are the Trainer's own if left out (``consolidate={}``;
+            all columns without ``args.remove_unused_columns``), and ``generator`` one that is seeded with
+            ``args.seed``.
 
     Attributes:
         ewc: The penalty.
@@ -83,7 +85,7 @@ class EWCCallback(TrainerCallback):
             whole gradients; parameters on the meta device or sharded; merged or disabled adapters; clipping that
             another library has replaced, under ``clip="sum"``; an optimizer with none of the protected parameters, or
             with this penalty in another coupling; a checkpoint without a state, or of another model; a dataset to
-            consolidate that lacks labels.
+            consolidate that lacks labels, or comes packed from the collator.
     """
 
     def __init__(
@@ -226,8 +228,7 @@ class EWCCallback(TrainerCallback):
         trainer = self._trainer
         self._detach()
         if self._consolidate is not None and trainer is not None:
-            with _own_precision(trainer.model):
-                consolidate(self.ewc, **self._with_defaults(trainer))
+            consolidate(self.ewc, **self._with_defaults(trainer))
 
     # ---- the parts of that ----
 
@@ -265,6 +266,7 @@ class EWCCallback(TrainerCallback):
         defaults = {
             "dataset": trainer.train_dataset,
             "collator": trainer.data_collator,
+            "columns": _columns_of(trainer),
             "generator": torch.Generator().manual_seed(trainer.args.seed),  # the same labels in every process
         }
         return {**defaults, **(self._consolidate or {})}
@@ -317,29 +319,57 @@ def consolidate(
     batch_size: int = 8,
     num_samples: int | None = None,
     loss: Any = None,
+    columns: Collection[str] | None = None,
     **estimate: Any,
 ) -> None:
     """Ends a task, as :meth:`ewc_fast.EWCLoss.consolidate` does, from a dataset as a Trainer takes it.
 
     Args:
         ewc: The penalty.
-        dataset: Yields samples as dicts, of which the model's own arguments and the labels are used. If it has a length
-            and ``num_samples`` is below it, evenly spaced samples are taken.
-        collator: Makes a batch of a list of samples; transformers' default if None.
+        dataset: Yields samples as dicts. If it has a length and ``num_samples`` is below it, evenly spaced samples are
+            taken.
+        collator: Makes a batch of a list of samples, a row each; transformers' default if None.
         batch_size: Samples per batch.
         num_samples: How many samples; None for all.
         loss: See :func:`ewc_fast.estimate_fisher`; None for ``"causal_lm"`` where the model is a causal language model,
-            ``"binary_cross_entropy"`` or ``"gaussian"`` where its config's ``problem_type`` asks for it, else
-            ``"cross_entropy"``.
+            ``"binary_cross_entropy"`` or ``"gaussian"`` where its config's ``problem_type`` asks for it, or a
+            classifier without one would infer it from labels and ``num_labels``, else ``"cross_entropy"``.
+        columns: What the collator gets of each sample; None for the model's own arguments and the labels, ``"all"`` for
+            everything.
         **estimate: ``kind``, ``generator``, ``progress`` and other arguments of :func:`ewc_fast.estimate_fisher`.
 
     Raises:
-        ValueError: The dataset is empty, or labels are needed and missing; see also :meth:`EWCLoss.consolidate`.
+        ValueError: The dataset is empty, labels are needed and missing, or the collator packs several samples into one
+            row; see also :meth:`EWCLoss.consolidate`.
     """
     _check_adapters(ewc.model)
-    loss = _loss_of(ewc.model) if loss is None else loss
-    batches = _batches(ewc.model, dataset, collator, batch_size, num_samples)
-    ewc.consolidate(batches, loss=loss, num_samples=num_samples, **estimate)
+    batches, loss = _batches_and_loss(ewc.model, dataset, collator, batch_size, num_samples, columns, loss)
+    with _own_precision(unwrapped(ewc.model)):
+        ewc.consolidate(batches, loss=loss, num_samples=num_samples, **estimate)
+
+
+def _batches_and_loss(
+    model: nn.Module,
+    dataset: Any,
+    collator: Callable[[list[Any]], Any] | None,
+    batch_size: int,
+    num_samples: int | None,
+    columns: Collection[str] | None,
+    loss: Any,
+) -> tuple[Iterator[Any], Any]:
+    batches = _batches(model, dataset, collator, batch_size, num_samples, columns)
+    if loss is None:
+        first = list(islice(batches, 1))
+        batches, loss = chain(first, batches), _loss_of(model, first[0] if first else None)
+    if loss == "gaussian" and getattr(getattr(_plain(model), "config", None), "num_labels", None) == 1:
+        batches = map(_with_a_column, batches)
+    return batches, loss
+
+
+def _with_a_column(batch: Any) -> Any:
+    """Labels like the outputs, (N, 1), where transformers squeezes both."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return {**batch, "labels": labels[:, None]} if isinstance(labels, Tensor) and labels.dim() == 1 else batch
 
 
 def _batches(
@@ -348,8 +378,9 @@ def _batches(
     collator: Callable[[list[Any]], Any] | None,
     batch_size: int,
     num_samples: int | None,
+    columns: Collection[str] | None,
 ) -> Iterator[Any]:
-    wanted = _arguments_of(model)
+    wanted = None if columns == "all" else _arguments_of(model) if columns is None else set(columns)
     try:
         size = len(dataset)
     except TypeError:  # it streams
@@ -358,14 +389,26 @@ def _batches(
         count = size if num_samples is None else min(num_samples, size)
         samples = (dataset[i * size // count] for i in range(count))  # type: ignore[assignment]
     while batch := list(islice(samples, batch_size)):
-        if isinstance(batch[0], Mapping):
+        if wanted is not None and isinstance(batch[0], Mapping):
             batch = [{k: v for k, v in sample.items() if k in wanted} for sample in batch]
         collated = (collator or default_data_collator)(batch)
-        yield {k: v for k, v in collated.items() if v is not None} if isinstance(collated, Mapping) else collated
+        if isinstance(collated, Mapping):
+            collated = {k: v for k, v in collated.items() if v is not None}
+            _check_rows(collated, len(batch))
+        yield collated
+
+
+def _columns_of(trainer: Trainer) -> Any:
+    """What a Trainer's collator gets of each sample."""
+    if not trainer.args.remove_unused_columns:
+        return "all"
+    if hasattr(trainer, "_set_signature_columns_if_needed"):
+        trainer._set_signature_columns_if_needed()
+    return getattr(trainer, "_signature_columns", None)
 
 
 def _arguments_of(model: nn.Module) -> set[str]:
-    """What a sample may hold for the model, as the Trainer keeps it."""
+    """What a sample may hold for the model, as a Trainer keeps it."""
     return {*inspect.signature(_plain(model).forward).parameters, "label", "label_ids", "labels"}
 
 
@@ -375,12 +418,20 @@ def _plain(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def _loss_of(model: nn.Module) -> str:
+def _loss_of(model: nn.Module, batch: Any) -> str:
     model = _plain(model)
     name = type(model).__name__
     if name.endswith(("ForCausalLM", "LMHeadModel")) or name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "causal_lm"
-    return _PROBLEMS.get(getattr(getattr(model, "config", None), "problem_type", None) or "", "cross_entropy")
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem is None and name.endswith(_CLASSIFIERS):  # as transformers infers it when it is given labels first
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if getattr(config, "num_labels", None) == 1:
+            problem = "regression"
+        elif isinstance(labels, Tensor) and labels.dtype not in (torch.long, torch.int):
+            problem = "multi_label_classification"
+    return _PROBLEMS.get(problem or "", "cross_entropy")
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
@@ -476,15 +527,37 @@ def _check_adapters(model: nn.Module) -> None:
         check_adapters(model)
 
 
+def _check_rows(batch: Mapping[str, Any], samples: int) -> None:
+    """Raises where a batch of one row holds several documents, whose gradients could not be told apart."""
+    ids, positions, mask = (batch.get(key) for key in ("input_ids", "position_ids", "attention_mask"))
+    packed = samples > 1 and isinstance(ids, Tensor) and ids.dim() > 1 and len(ids) == 1
+    if isinstance(positions, Tensor) and positions.dim() == 2 and len(positions) == 1:
+        row = positions[0]
+        if isinstance(mask, Tensor) and mask.shape == positions.shape:
+            row = row[mask[0].bool()]
+        packed = packed or bool((row.diff() <= 0).any())
+    of, ends = batch.get("seq_idx"), batch.get("cu_seq_lens_q")
+    packed = packed or (isinstance(of, Tensor) and len(of.unique()) > 1)
+    if packed or (isinstance(ends, Tensor) and ends.numel() > 2):
+        raise ValueError(
+            "the collator puts several documents into one row (packing or padding_free), where the Fisher needs a row "
+            "for each: consolidate with a dataset that is not packed and a collator that pads, EWCCallback("
+            "consolidate=dict(dataset=..., collator=...)), or call ewc.consolidate(...) yourself"
+        )
+
+
 def _check_dataset(trainer: Trainer, ewc: EWCLoss, arguments: Mapping[str, Any]) -> None:
-    """Raises where the dataset could not be consolidated, by doing it with one sample and one parameter."""
-    rest = {k: v for k, v in arguments.items() if k not in ("batch_size", "num_samples", "generator", "progress")}
-    dataset, collator, loss = rest.pop("dataset"), rest.pop("collator"), rest.pop("loss", None)
+    """Raises where the dataset could not be consolidated, by doing it with two samples and one parameter."""
+    rest = {k: v for k, v in arguments.items() if k not in ("generator", "progress")}
+    size, number = rest.pop("batch_size", 2), rest.pop("num_samples", None)
+    dataset, collator, columns = rest.pop("dataset"), rest.pop("collator"), rest.pop("columns")
+    loss = rest.pop("loss", None)
     device = next(trainer.model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _own_precision(trainer.model):
-        batches = _batches(ewc.model, dataset, collator, 1, 1)
         params = list(ewc._selected.values())[-1:]
+        count = 2 if number is None else min(2, number)
         try:
-            estimate_fisher(ewc.model, batches, loss=loss or _loss_of(ewc.model), **{**rest, "params": params})
+            batches, loss = _batches_and_loss(ewc.model, dataset, collator, min(2, size), count, columns, loss)
+            estimate_fisher(ewc.model, batches, loss=loss, **{**rest, "params": params})
         except (TypeError, ValueError) as error:
-            raise type(error)(f"consolidate: the dataset's first sample cannot be used: {error}") from error
+            raise type(error)(f"consolidate: the dataset's first samples cannot be used: {error}") from error

@@ -357,11 +357,109 @@ def test_consolidates_at_the_end(tmp_path: Path) -> None:
     assert ewc.info is not None and ewc.info["loss"] == "causal_lm" and ewc.info["num_samples"] == 10
 
 
-def make_classifier() -> BertForSequenceClassification:
+def test_consolidating_by_hand_takes_off_the_trainers_autocast(tmp_path: Path) -> None:
+    model, data = make_model(), make_data(8)
+    args = make_args(tmp_path, bf16=True, max_steps=1)
+    Trainer(model, args, train_dataset=data, callbacks=[EWCCallback(make_ewc(model))]).train()
+    plain = make_model()
+    plain.load_state_dict(model.state_dict())
+    ewc, wanted = EWCLoss(nn.DataParallel(model)), EWCLoss(plain)
+    for e in (ewc, wanted):
+        consolidate(e, data, kind="empirical")
+    assert all(torch.equal(f, wanted.fisher[n]) for n, f in ewc.fisher.items())
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_the_collator_gets_the_trainers_columns(tmp_path: Path, remove: bool) -> None:
+    def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        assert all(set(s) == ({"words", "input_ids"} if remove else {"words", "input_ids", "more"}) for s in samples)
+        ids = torch.stack([s["words"] for s in samples])
+        return {"input_ids": ids, "labels": ids}
+
+    model = make_model()
+    data = [{"words": s["input_ids"], "input_ids": 0, "more": 1} for s in make_data(8)]
+    ewc = EWCLoss(model)
+    args = make_args(tmp_path, remove_unused_columns=remove, label_names=["words"])
+    callback = EWCCallback(ewc, consolidate=dict(kind="empirical"))
+    Trainer(model, args, train_dataset=data, data_collator=collate, callbacks=[callback]).train()
+    plain = EWCLoss(model)
+    consolidate(plain, [{"input_ids": s["words"], "labels": s["words"]} for s in data], kind="empirical")
+    assert all(torch.equal(f, plain.fisher[n]) for n, f in ewc.fisher.items())
+    consolidate(plain, data, collate, columns=["words", "input_ids"] if remove else "all")
+
+
+@pytest.mark.parametrize("what", [("position_ids",), ("seq_idx",), ("cu_seq_lens_q",), ()])
+def test_packed_rows_are_refused(tmp_path: Path, what: tuple[str, ...]) -> None:
+    def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        n = len(samples)
+        ids = torch.cat([s["input_ids"] for s in samples])[None]
+        more = {
+            "position_ids": torch.arange(TOKENS).repeat(n)[None],
+            "seq_idx": torch.arange(n).repeat_interleave(TOKENS)[None],
+            "cu_seq_lens_q": torch.arange(n + 1) * TOKENS,
+        }
+        return {"input_ids": ids, "labels": ids, **{key: more[key] for key in what}}
+
+    model = make_model()
+    ewc = EWCLoss(model)
+    before = copy.deepcopy(model.state_dict())
+    callback = EWCCallback(ewc, consolidate=dict(kind="empirical"))
+    trainer = Trainer(
+        model, make_args(tmp_path), train_dataset=make_data(), data_collator=collate, callbacks=[callback]
+    )
+    with pytest.raises(ValueError, match="packing or padding_free.* a dataset that is not packed"):
+        trainer.train()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    row = {"input_ids": torch.randint(40, (2 * TOKENS,))}  # packed when the dataset was made
+    packed = {"position_ids": torch.arange(TOKENS).repeat(2), "seq_idx": torch.arange(2).repeat_interleave(TOKENS)}
+    if what and what[0] in packed:
+        with pytest.raises(ValueError, match="packing or padding_free"):
+            consolidate(ewc, [{**row, what[0]: packed[what[0]]}], columns="all", kind="sampled")
+    padded = {"position_ids": torch.tensor([1, 1, 0, 1, 2, 3]), "attention_mask": torch.tensor([0, 0, 1, 1, 1, 1])}
+    consolidate(ewc, [{**make_data(1)[0], **padded}], kind="empirical")
+
+
+def make_classifier(num_labels: int = 3) -> BertForSequenceClassification:
     config = BertConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_labels=3
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=num_labels,
     )
     return BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "label", "loss"),
+    [(1, 0.5, "gaussian"), (3, [1.0, 0.0, 1.0], "binary_cross_entropy"), (3, 2, "cross_entropy")],
+)
+@pytest.mark.parametrize("explicit", [False, True])
+def test_the_loss_is_the_one_that_transformers_infers(num_labels: int, label: Any, loss: str, explicit: bool) -> None:
+    model = make_classifier(num_labels)
+    data = [{"input_ids": s["input_ids"], "label": label} for s in make_data(4)]
+    if explicit:
+        batch = {"input_ids": data[0]["input_ids"][None], "labels": torch.tensor([label])}
+        model(**batch)  # sets config.problem_type
+    ewc = EWCLoss(model)
+    consolidate(ewc, data, kind="empirical")
+    assert ewc.info is not None and ewc.info["loss"] == loss
+    assert model.eval().config.problem_type is None or explicit
+    wanted = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for s in data:
+        logits = model(input_ids=s["input_ids"][None]).logits[0]
+        losses = {
+            "gaussian": lambda x: 0.5 * (x - label).square().sum(),
+            "binary_cross_entropy": lambda x: nn.functional.binary_cross_entropy_with_logits(
+                x, torch.tensor(label), reduction="sum"
+            ),
+            "cross_entropy": lambda x: nn.functional.cross_entropy(x, torch.tensor(label)),
+        }
+        for n, g in zip(wanted, torch.autograd.grad(losses[loss](logits), list(model.parameters())), strict=True):
+            wanted[n] += g**2 / len(data)
+    for n, f in wanted.items():
+        torch.testing.assert_close(ewc.fisher[n], f, rtol=1e-4, atol=1e-8)
 
 
 def test_a_classifier_and_a_dataset_with_other_columns(tmp_path: Path) -> None:
@@ -377,9 +475,9 @@ def test_a_classifier_and_a_dataset_with_other_columns(tmp_path: Path) -> None:
     unlabelled = [{"input_ids": ids} for ids in rows]
     bad = EWCCallback(ewc, consolidate=dict(dataset=unlabelled, kind="empirical"))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="consolidate: the dataset's first sample cannot be used: .*needs labels"):
+    with pytest.raises(ValueError, match="consolidate: the dataset's first samples cannot be used: .*needs labels"):
         Trainer(model, args, train_dataset=data, callbacks=[bad]).train()
-    with pytest.raises(ValueError, match="consolidate: the dataset's first sample cannot be used: .*empty"):
+    with pytest.raises(ValueError, match="consolidate: the dataset's first samples cannot be used: .*empty"):
         Trainer(model, args, train_dataset=data, callbacks=[EWCCallback(ewc, consolidate=dict(dataset=[]))]).train()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     trainer = Trainer(model, args, train_dataset=data, callbacks=[EWCCallback(ewc)])
