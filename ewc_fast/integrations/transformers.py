@@ -57,7 +57,8 @@ class EWCCallback(TrainerCallback):
 
     Args:
         ewc: The penalty, of the Trainer's model; or a function that is given the Trainer's model, when the Trainer is
-            built, and returns the penalty: for trainers that make or wrap the model themselves.
+            built, and returns the penalty: for trainers that make or wrap the model themselves. It is called again
+            where the Trainer trains another model (``model_init``, ``hyperparameter_search``).
         coupling: ``"coupled"`` or ``"proximal"``; None for that of the optimizer if it has the penalty already, else
             ``"coupled"``.
         clip: What ``max_grad_norm`` clips under ``"coupled"``: ``"sum"``, the task's and the penalty's gradient
@@ -115,7 +116,8 @@ class EWCCallback(TrainerCallback):
         if consolidate is not None:
             _check_arguments(consolidate)
         self._made: EWCLoss | None = ewc if isinstance(ewc, EWCLoss) else None
-        self._make: Callable[..., Any] = ewc
+        self._make: Callable[..., Any] | None = None if isinstance(ewc, EWCLoss) else ewc
+        self._made_of: nn.Module | None = None
         self.coupling, self.clip, self.probe, self.probe_every = coupling, clip, probe, probe_every
         self.budget, self._consolidate = budget, consolidate
         self._handle: AttachHandle | None = None
@@ -152,10 +154,11 @@ class EWCCallback(TrainerCallback):
 
     def _begin(self, trainer: Trainer, resumed_from: str | None) -> None:
         _check_strategy(trainer)
-        if self._made is None and resumed_from is not None:
+        if self._make is not None and resumed_from is not None and not self._is_made(trainer):
             raise ValueError(
-                "ewc is a function of the model, whose weights are the checkpoint's by now: give the callback to the "
-                "Trainer with callbacks=[...], so that it is called before"
+                "resume_from_checkpoint: ewc is a function of the model, whose weights are the checkpoint's by now: "
+                "give the Trainer the callback with callbacks=[...], and a model, not model_init, so that it is called "
+                "before"
             )
         ewc = self._make_ewc(trainer)
         _check_callbacks(trainer, ewc)
@@ -217,8 +220,8 @@ class EWCCallback(TrainerCallback):
         """Saves the state in the checkpoint that was just written."""
         if not args.should_save:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         with _detached_on_error(self._trainer):
+            folder = self._output_folder(args) / f"checkpoint-{state.global_step}"
             self.ewc.save(folder / STATE_FILE)
             if self.budget is not None:
                 (folder / BUDGET_FILE).write_text(json.dumps(self.budget.state_dict()))
@@ -254,13 +257,29 @@ class EWCCallback(TrainerCallback):
             )
         return trainer, None
 
+    def _is_made(self, trainer: Trainer) -> bool:
+        return self._made is not None and self._made_of is unwrapped(trainer.model)
+
     def _make_ewc(self, trainer: Trainer) -> EWCLoss:
-        if self._made is None:
+        if self._make is not None and not self._is_made(trainer):
             made = self._make(trainer.model)
             if not isinstance(made, EWCLoss):
                 raise TypeError(f"ewc: the function must return an EWCLoss, got {type(made).__name__}")
-            self._made = made
-        return self._made
+            self._made, self._made_of = made, unwrapped(trainer.model)
+        ewc = self.ewc
+        if getattr(trainer, "model_init", None) is not None:
+            trained = set(map(id, trainer.model.parameters()))
+            if trained.isdisjoint(map(id, ewc.model.parameters())):
+                raise ValueError(
+                    "ewc is of another model than the one that model_init has made: pass a function of the model, "
+                    "EWCCallback(make_ewc), which is called for each, instead of an EWCLoss"
+                )
+        return ewc
+
+    def _output_folder(self, args: Any) -> Path:
+        """Where the Trainer's checkpoints go: under ``hyperparameter_search`` a folder for each trial."""
+        folder_of = getattr(self._trainer, "_get_output_dir", None)
+        return Path(args.output_dir if folder_of is None else folder_of(trial=getattr(self._trainer, "_trial", None)))
 
     def _with_defaults(self, trainer: Trainer) -> dict[str, Any]:
         defaults = {

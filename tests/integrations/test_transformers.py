@@ -497,6 +497,52 @@ def test_the_penalty_is_made_from_the_trainers_model(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["ewc/penalty"] > 0
 
 
+def test_the_penalty_follows_the_models_of_model_init(tmp_path: Path) -> None:
+    def trainer_of(callback: EWCCallback, **changes: Any) -> Trainer:
+        arguments: dict[str, Any] = dict(model_init=make_model, args=make_args(tmp_path, **changes))
+        return Trainer(train_dataset=make_data(), data_collator=recorder, callbacks=[callback], **arguments)
+
+    recorder, starts = Recorder(), []
+
+    def make(model: nn.Module) -> EWCLoss:
+        starts.append(copy.deepcopy(model))
+        return make_ewc(model)
+
+    callback = EWCCallback(make)
+    trainer = trainer_of(callback, save_strategy="steps", save_steps=1)
+    for _ in range(2):
+        recorder.samples.clear()
+        trainer.train()
+        assert callback.ewc.model is trainer.model
+        plain = starts[-1]
+        plain_loop(plain, torch.optim.SGD(plain.parameters(), lr=LR), recorder.samples, callback.ewc)
+        assert_same_weights(trainer.model, plain)
+    assert len(starts) == 3  # with the one of when the Trainer was built
+    with pytest.raises(ValueError, match="resume_from_checkpoint: ewc is a function .* a model, not model_init"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"the one that model_init has made: pass a function of the model"):
+        trainer_of(EWCCallback(make_ewc(make_model())))
+
+
+def test_a_trials_checkpoints_hold_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial of ``hyperparameter_search``, of which no backend need be installed."""
+    model = make_model()
+    args = make_args(tmp_path, save_strategy="steps", save_steps=2)
+    trainer = Trainer(model, args, train_dataset=make_data(), callbacks=[EWCCallback(make_ewc(model))])
+    trials = []
+
+    def folder(trial: Any) -> str:
+        trials.append(trial)
+        return str(tmp_path / "run-7")
+
+    monkeypatch.setattr(trainer, "_get_output_dir", folder)
+    monkeypatch.setattr(trainer, "_hp_search_setup", lambda trial: setattr(trainer, "_trial", "seven"))
+    trainer.train()
+    assert [p.parent.name for p in sorted(tmp_path.rglob("ewc.safetensors"))] == ["checkpoint-2", "checkpoint-4"]
+    assert all((tmp_path / "run-7" / f"checkpoint-{n}" / "ewc.safetensors").exists() for n in (2, 4))
+    assert "seven" in trials
+
+
 # ---- errors, before anything is written ----
 
 
