@@ -177,6 +177,8 @@ class CrossEntropy(Objective):
         names = [base.__name__ for base in type(model).__mro__]
         if any(name.endswith(_NOT_CAUSAL) for name in names):
             return
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
+            return  # the model shifts what its decoder reads, not the labels
         call = take_apart(batch)
         ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
         causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)

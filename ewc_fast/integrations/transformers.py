@@ -80,7 +80,8 @@ class EWCCallback(TrainerCallback):
         budget: The budget.
 
     Raises:
-        TypeError: ``ewc`` or ``probe`` is of another type, or ``consolidate`` has an argument that there is not.
+        TypeError: ``ewc`` or ``probe`` is of another type, or ``consolidate`` has an argument that there is not, or
+            an iterator as its ``dataset``.
         ValueError: There is no such coupling or clip, the budget is another penalty's, or has a probe of its own.
             When training begins, before anything is changed: DeepSpeed, FSDP or another strategy whose step shows no
             whole gradients; parameters on the meta device or sharded; merged or disabled adapters; clipping that
@@ -326,6 +327,12 @@ class EWCCallback(TrainerCallback):
             self.ewc.load(path)
             if self.budget is not None and (folder / BUDGET_FILE).exists():
                 self.budget.load_state_dict(json.loads((folder / BUDGET_FILE).read_text()))
+            elif self.budget is not None:
+                warnings.warn(
+                    f"resume_from_checkpoint: there is no {BUDGET_FILE} in {folder}, which was saved without a budget: "
+                    f"it starts anew, with the present lambda, {self.ewc.ewc_lambda}",
+                    stacklevel=2,
+                )
         except ValueError as error:
             raise ValueError(f"resume_from_checkpoint: {folder} does not fit this EWCLoss: {error}") from error
 
@@ -506,6 +513,11 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
         raise TypeError(f"consolidate must be a dict of arguments, got {type(arguments).__name__}: dict(dataset=...)")
     if "ewc" in arguments:
         raise TypeError("consolidate: leave out ewc, which is the callback's")
+    if isinstance(arguments.get("dataset"), Iterator):
+        raise TypeError(
+            f"consolidate: dataset is an iterator ({type(arguments['dataset']).__name__}), whose first samples are "
+            "gone once they have been tried before training: give a list or another dataset that starts anew each time"
+        )
 
 
 def _check_strategy(trainer: Trainer) -> None:

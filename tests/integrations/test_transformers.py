@@ -24,6 +24,8 @@ from transformers import (  # noqa: E402
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -310,6 +312,36 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, with_budget: 
     assert [[e[k] for k in keys] for e in histories[0]] == [[e[k] for k in keys] for e in histories[1]]
 
 
+def test_a_checkpoint_without_the_budget_is_said(tmp_path: Path) -> None:
+    model = make_model()
+    ewc = make_ewc(model)
+    train(model, EWCCallback(ewc), tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    callback = EWCCallback(ewc, budget=EWCBudget(ewc, 1e-4))
+    with pytest.warns(UserWarning, match=r"no ewc_budget.json in .*checkpoint-2.* present lambda, 30.0"):
+        train(model, callback, tmp_path, resume=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_sequence_to_sequence_model_is_not_causal() -> None:
+    config = T5Config(
+        vocab_size=40,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    model = T5ForConditionalGeneration(config)
+    ids = torch.randint(40, (20,))
+    ewc = EWCLoss(model, params=["shared*"])
+    consolidate(ewc, [{"input_ids": ids, "labels": ids}], kind="empirical")
+    logits = model(input_ids=ids[None], labels=ids[None]).logits[0]
+    loss = nn.functional.cross_entropy(logits, ids, reduction="sum")
+    (wanted,) = torch.autograd.grad(loss, model.shared.weight)
+    torch.testing.assert_close(ewc.fisher["shared.weight"], wanted**2 / 20, rtol=1e-4, atol=1e-7)
+
+
 def test_rotation_and_the_best_model(tmp_path: Path) -> None:
     model = make_model()
     ewc = make_ewc(model)
@@ -557,6 +589,7 @@ def test_bad_arguments() -> None:
         (dict(budget=EWCBudget(make_ewc(make_model()), 0.1)), ValueError, "its EWCLoss is another one"),
         (dict(budget=EWCBudget(ewc, 0.1, lambda: 0.0), probe=lambda: 0.0), ValueError, "has a probe of its own"),
         (dict(consolidate=make_data()), TypeError, "consolidate must be a dict of arguments"),
+        (dict(consolidate=dict(dataset=iter(make_data()))), TypeError, "dataset is an iterator .* give a list"),
     ):
         with pytest.raises(error, match=message):
             EWCCallback(**{"ewc": ewc, **arguments})  # type: ignore[arg-type]
