@@ -29,7 +29,10 @@ try:
     from transformers import Trainer, TrainerCallback, default_data_collator
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 except ImportError as error:
-    raise ImportError(f"EWCCallback needs transformers and accelerate ({error}): pip install 'ewc-fast[hf]'") from error
+    raise ImportError(
+        f"EWCCallback needs transformers and accelerate ({error}): in a checkout, "
+        'pip install --no-build-isolation ".[hf]"'
+    ) from error
 
 STATE_FILE = "ewc.safetensors"
 BUDGET_FILE = "ewc_budget.json"
@@ -547,8 +550,6 @@ def _check_parameters(ewc: EWCLoss) -> None:
                 f"{name} is on the meta device and holds no numbers: load the whole model onto a device, without "
                 "offloading, or leave the parameter out with EWCLoss(params=...)"
             )
-        if hasattr(p, "device_mesh"):
-            raise ValueError(f"{name} is sharded (a DTensor), which this version does not penalise: train it with DDP")
 
 
 def _check_adapters(model: nn.Module) -> None:

@@ -802,4 +802,4 @@ def test_imported_lazily_and_a_missing_package_is_named() -> None:
         "sys.modules['transformers'] = None; import ewc_fast.integrations.transformers"
     )
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
-    assert "EWCCallback needs transformers" in done.stderr and "pip install 'ewc-fast[hf]'" in done.stderr
+    assert "EWCCallback needs transformers" in done.stderr and 'pip install --no-build-isolation ".[hf]"' in done.stderr
