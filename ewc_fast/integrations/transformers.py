@@ -286,13 +286,17 @@ class EWCCallback(TrainerCallback):
         return Path(args.output_dir if folder_of is None else folder_of(trial=getattr(self._trainer, "_trial", None)))
 
     def _with_defaults(self, trainer: Trainer) -> dict[str, Any]:
+        given = self._consolidate or {}
+        columns = _columns_of(trainer)
+        if columns != "all" and "collator" in given:
+            columns = None  # the Trainer's are made for its own collator: TRL's lack the attention_mask
         defaults = {
             "dataset": trainer.train_dataset,
             "collator": trainer.data_collator,
-            "columns": _columns_of(trainer),
+            "columns": columns,
             "generator": torch.Generator().manual_seed(trainer.args.seed),  # the same labels in every process
         }
-        return {**defaults, **(self._consolidate or {})}
+        return {**defaults, **given}
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> Attachment:
         for handle in [handle for handle in _attached if handle.ewc is self.ewc]:

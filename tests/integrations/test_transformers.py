@@ -420,6 +420,20 @@ def test_the_collator_gets_the_trainers_columns(tmp_path: Path, remove: bool) ->
     consolidate(plain, data, collate, columns=["words", "input_ids"] if remove else "all")
 
 
+def test_a_collator_of_its_own_gets_the_models_arguments(tmp_path: Path) -> None:
+    def collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        assert all(set(s) == {"input_ids", "attention_mask", "labels"} for s in samples)
+        return {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
+
+    model, data = make_model(), make_data(8)
+    masked = [{**s, "attention_mask": torch.ones(TOKENS, dtype=torch.long), "text": "no argument"} for s in data]
+    callback = EWCCallback(EWCLoss(model), consolidate=dict(dataset=masked, collator=collate, kind="empirical"))
+    trainer = Trainer(model, make_args(tmp_path, max_steps=1), train_dataset=data, callbacks=[callback])
+    trainer._signature_columns = ["input_ids", "labels"]  # as TRL's, whose collator makes the mask
+    trainer.train()
+    assert callback.ewc.num_tasks == 1
+
+
 @pytest.mark.parametrize("what", [("position_ids",), ("seq_idx",), ("cu_seq_lens_q",), ()])
 def test_packed_rows_are_refused(tmp_path: Path, what: tuple[str, ...]) -> None:
     def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
