@@ -74,8 +74,8 @@ class EWCCallback(TrainerCallback):
         budget: Sets lambda as training goes on; its ``step()`` is called after each optimizer step.
         consolidate: Ends the task when training has ended: arguments of :func:`consolidate`, by name, without ``ewc``.
             Of these, ``dataset``, ``collator`` and ``columns`` are the Trainer's own if left out (``consolidate={}``;
-            all columns without ``args.remove_unused_columns``), and ``generator`` one that is seeded with
-            ``args.seed``.
+            with a collator of your own the model's arguments; without ``args.remove_unused_columns`` all), and
+            ``generator`` one that is seeded with ``args.seed``.
 
     Attributes:
         ewc: The penalty.
