@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from ewc_fast.checks import check_count
 from ewc_fast.forgetting import ForgettingProbe
+from ewc_fast.integrations.ranks import check_same_on_all
 from ewc_fast.loss import EWCLoss
 from ewc_fast.optim.attach import AttachHandle, Attachment, check_coupling
 
@@ -108,6 +109,7 @@ class EWCCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attaches the penalty to the optimizers."""
         self._detach()
+        check_same_on_all(self.ewc)
         if not self.ewc.num_tasks and self._consolidate is None:
             self.ewc._say_once("no task has been consolidated: the penalty has no effect. Call ewc.consolidate first")
         self._measured = trainer.global_step // self.probe_every

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ewc_fast.budget import EWCBudget
 from ewc_fast.checks import check_count
 from ewc_fast.fisher import estimate_fisher
+from ewc_fast.integrations.ranks import check_same_on_all
 from ewc_fast.layout import unwrapped
 from ewc_fast.loss import EWCLoss
 from ewc_fast.optim.attach import AttachHandle, Attachment, check_coupling
@@ -90,7 +91,8 @@ class EWCCallback(TrainerCallback):
             whole gradients; parameters on the meta device or sharded; merged or disabled adapters; clipping that
             another library has replaced, under ``clip="sum"``; an optimizer with none of the protected parameters, or
             with this penalty in another coupling; a checkpoint without a state, or of another model; a dataset to
-            consolidate that lacks labels, or comes packed from the collator.
+            consolidate that lacks labels, or comes packed from the collator; under DDP, another Fisher or anchor in
+            another process.
     """
 
     def __init__(
@@ -179,6 +181,7 @@ class EWCCallback(TrainerCallback):
         attachment = self._attach(optimizer)
         if resumed_from is not None:
             self._load(Path(resumed_from))
+        check_same_on_all(ewc)
         if ewc.num_tasks and not attachment.parts():
             raise ValueError(
                 f"the optimizer steps none of the protected parameters (such as {next(iter(ewc.fisher))}): freeze or "
