@@ -305,7 +305,7 @@ def losses(model: nn.Module, sequences: Tensor, batch: int) -> Tensor:
     training = model.training
     model.eval()
     found = []
-    for part in sequences.to(_device_of(model)).split(batch):
+    for part in sequences.to(DEVICE).split(batch):
         logits = model(input_ids=part, use_cache=False).logits[:, :-1]
         each = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
         found.append(each.view(len(part), -1).mean(1))
@@ -323,14 +323,10 @@ def share_of_facts(model: nn.Module, facts: Sequence[tuple[Tensor, int]], batch:
     for begin in range(0, len(facts), batch):
         prompts, answers = zip(*facts[begin : begin + batch], strict=True)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        ids = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(_device_of(model))
+        ids = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True).to(DEVICE)
         logits = model(input_ids=ids, use_cache=False).logits  # causal: padding at the end has no part in them
         right += int((logits[torch.arange(len(last)), last].argmax(-1).cpu() == torch.tensor(answers)).sum())
     return right / len(facts)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def measure(model: nn.Module, data: Data, batch: int) -> dict[str, Any]:
@@ -752,7 +748,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             for method in methods:
                 arm = Arm(method, 1e-5, ewc_lambda=1e-3 if method in PENALISED else 0.0)
                 costs[method] = pool.submit(cost, setup, arm).result()
-    write(results, options.out)
+                write(results, options.out)
 
     stages: list[Callable[[Rows], list[Arm]]] = [lambda rows: first_stage(), second_stage, third_stage]
     if options.quick:

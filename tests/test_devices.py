@@ -88,17 +88,17 @@ def consolidated(model: nn.Module, fisher: dict[str, Tensor], anchor: dict[str, 
     return ewc
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, EWCLoss, str], torch.optim.Optimizer]] = {
-    "adamw": lambda model, ewc, coupling: EWCAdamW(model.parameters(), lr=1e-2, ewc=ewc, coupling=coupling),
-    "sgd": lambda model, ewc, coupling: EWCSGD(model.parameters(), lr=1e-2, momentum=0.9, ewc=ewc, coupling=coupling),
-    "attached": lambda model, ewc, coupling: attached(model, ewc, coupling),
-}
-
-
 def attached(model: nn.Module, ewc: EWCLoss, coupling: str) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=next(model.parameters()).dtype == torch.float32)
     ewc.attach(optimizer, coupling)
     return optimizer
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, EWCLoss, str], torch.optim.Optimizer]] = {
+    "adamw": lambda model, ewc, coupling: EWCAdamW(model.parameters(), lr=1e-2, ewc=ewc, coupling=coupling),
+    "sgd": lambda model, ewc, coupling: EWCSGD(model.parameters(), lr=1e-2, momentum=0.9, ewc=ewc, coupling=coupling),
+    "attached": attached,
+}
 
 
 @pytest.mark.parametrize("coupling", ["coupled", "proximal"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ewc_fast.integrations import install_command
 from ewc_fast.loss import EWCLoss
 from ewc_fast.optim.attach import AttachHandle
 
@@ -13,9 +14,7 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name != "accelerate":
         raise
-    raise ImportError(
-        'this needs Accelerate: in a checkout, pip install --no-build-isolation ".[accelerate]"'
-    ) from missing
+    raise ImportError(f"this needs Accelerate: {install_command('accelerate')}") from missing
 
 # These shard the parameters, or update them where no hook can act.
 _REFUSED = {"DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "FSDP": "FSDP"}

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from ewc_fast.fisher import FisherDiagonal, FisherInfo, estimate_fisher
 from ewc_fast.functional import check_lambda
+from ewc_fast.integrations import install_command
 from ewc_fast.loss import EWCLoss
 from ewc_fast.optim.attach import check_coupling
 
@@ -21,9 +22,7 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name != "avalanche":
         raise
-    raise ImportError(
-        'EWCFastPlugin needs Avalanche: in a checkout, pip install --no-build-isolation ".[avalanche]"'
-    ) from missing
+    raise ImportError(f"EWCFastPlugin needs Avalanche: {install_command('avalanche')}") from missing
 
 
 class EWCFastPlugin(EWCPlugin):

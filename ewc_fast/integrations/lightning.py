@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from ewc_fast.checks import check_count
 from ewc_fast.forgetting import ForgettingProbe
+from ewc_fast.integrations import install_command
 from ewc_fast.integrations.ranks import check_same_on_all
 from ewc_fast.loss import EWCLoss
 from ewc_fast.optim.attach import AttachHandle, Attachment, check_coupling
@@ -23,9 +24,7 @@ except ModuleNotFoundError as missing:
     except ModuleNotFoundError as missing:
         if missing.name != "pytorch_lightning":
             raise
-        raise ImportError(
-            'EWCCallback needs Lightning: in a checkout, pip install --no-build-isolation ".[lightning]"'
-        ) from missing
+        raise ImportError(f"EWCCallback needs Lightning: {install_command('lightning')}") from missing
 
 # These shard the parameters, or update them where no hook can act.
 _REFUSED_STRATEGIES = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")

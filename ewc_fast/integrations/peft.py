@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from ewc_fast.integrations import install_command
 from ewc_fast.layout import own_name, unwrapped
 
 try:
@@ -14,9 +15,7 @@ try:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 except ImportError as error:
-    raise ImportError(
-        f'adapters need peft ({error}): in a checkout, pip install --no-build-isolation ".[hf]"'
-    ) from error
+    raise ImportError(f"adapters need peft ({error}): {install_command('hf')}") from error
 
 _BASES = ("base_layer", "original_module")  # in which a tuner layer holds what it adapts
 

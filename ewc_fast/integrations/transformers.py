@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ewc_fast.budget import EWCBudget
 from ewc_fast.checks import check_count
 from ewc_fast.fisher import estimate_fisher
+from ewc_fast.integrations import install_command
 from ewc_fast.integrations.ranks import check_same_on_all
 from ewc_fast.layout import unwrapped
 from ewc_fast.loss import EWCLoss
@@ -30,10 +31,7 @@ try:
     from transformers import Trainer, TrainerCallback, default_data_collator
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 except ImportError as error:
-    raise ImportError(
-        f"EWCCallback needs transformers and accelerate ({error}): in a checkout, "
-        'pip install --no-build-isolation ".[hf]"'
-    ) from error
+    raise ImportError(f"EWCCallback needs transformers and accelerate ({error}): {install_command('hf')}") from error
 
 STATE_FILE = "ewc.safetensors"
 BUDGET_FILE = "ewc_budget.json"
@@ -379,21 +377,14 @@ def consolidate(
             row; see also :meth:`EWCLoss.consolidate`.
     """
     _check_adapters(ewc.model)
-    batches, loss = _batches_and_loss(ewc.model, dataset, collator, batch_size, num_samples, columns, loss)
+    batches = _batches(ewc.model, dataset, collator, batch_size, num_samples, columns)
+    batches, loss = _with_loss(ewc.model, batches, loss)
     with _own_precision(unwrapped(ewc.model)):
         ewc.consolidate(batches, loss=loss, num_samples=num_samples, **estimate)
 
 
-def _batches_and_loss(
-    model: nn.Module,
-    dataset: Any,
-    collator: Callable[[list[Any]], Any] | None,
-    batch_size: int,
-    num_samples: int | None,
-    columns: Collection[str] | None,
-    loss: Any,
-) -> tuple[Iterator[Any], Any]:
-    batches = _batches(model, dataset, collator, batch_size, num_samples, columns)
+def _with_loss(model: nn.Module, batches: Iterator[Any], loss: Any) -> tuple[Iterator[Any], Any]:
+    """The batches as the loss takes them, and the loss, by the first one where it is None."""
     if loss is None:
         first = list(islice(batches, 1))
         batches, loss = chain(first, batches), _loss_of(model, first[0] if first else None)
@@ -596,7 +587,8 @@ def _check_dataset(trainer: Trainer, ewc: EWCLoss, arguments: Mapping[str, Any])
         params = list(ewc._selected.values())[-1:]
         count = 2 if number is None else min(2, number)
         try:
-            batches, loss = _batches_and_loss(ewc.model, dataset, collator, min(2, size), count, columns, loss)
+            batches = _batches(ewc.model, dataset, collator, min(2, size), count, columns)
+            batches, loss = _with_loss(ewc.model, batches, loss)
             estimate_fisher(ewc.model, batches, loss=loss, **{**rest, "params": params})
         except (TypeError, ValueError) as error:
             raise type(error)(f"consolidate: the dataset's first samples cannot be used: {error}") from error

@@ -1,5 +1,7 @@
 """Small classifiers, each with something that an estimate may get wrong."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,31 @@ def conv_net() -> nn.Module:
     for _ in range(3):
         model(torch.randn(8, *IMAGE) * 2 + 1)
     return model
+
+
+class Times(torch.autograd.Function):
+    """``x * weight`` with the derivative written by hand; vmap cannot see through it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad * weight, (grad * x).flatten(0, -2).sum(0)
+
+
+class Scale(nn.Module):
+    """No rule covers it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.exp()
 
 
 class Tied(nn.Module):

@@ -261,20 +261,6 @@ class Function(nn.Module):
         return self.function(self, *args)
 
 
-class Scale(torch.autograd.Function):
-    """``x * weight`` with the derivative written by hand; vmap cannot see through it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x * weight
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return grad * weight, (grad * x).flatten(0, -2).sum(0)
-
-
 def sorted_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The samples in another order, and the way back."""
     order = x.flatten(1)[:, 0].argsort()
@@ -392,7 +378,7 @@ DIRECT = {
         lambda m, x: F.linear(x, m.w0 @ m.w1), normal(5), (6, 3), (3, 5)
     ),
     "custom_function": case(
-        lambda m, x: Scale.apply(m.layer(x), m.w0), normal(4, 5), (6,), layer=lambda: nn.Linear(5, 6)
+        lambda m, x: models.Times.apply(m.layer(x), m.w0), normal(4, 5), (6,), layer=lambda: nn.Linear(5, 6)
     ),
 }
 

@@ -13,40 +13,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ewc_fast.fisher import FisherEstimator, estimate_fisher
 from ewc_fast.fisher.capture import Capture
-from tests.fisher import brute_force
+from tests.fisher import brute_force, models
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
 
 CLASSES = 3
 
 
-class Scale(nn.Module):
-    """No rule covers it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.rand(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale.exp()
-
-
-class Times(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x * weight
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return g * weight, (g * x).sum(0)
-
-
-class OutOfSight(Scale):
+class OutOfSight(models.Scale):
     """Nor does the estimator see that it is used."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return Times.apply(x, self.scale)
+        return models.Times.apply(x, self.scale)
 
 
 class UsedTwice(nn.Module):
@@ -71,10 +48,10 @@ POOLERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(6, 6),
     "no bias": lambda: nn.Linear(6, 6, bias=False),
     "norm": lambda: nn.LayerNorm(6),
-    "several": lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), Scale(), nn.Linear(6, 6)),
+    "several": lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh(), models.Scale(6), nn.Linear(6, 6)),
     "used twice": UsedTwice,
-    "no rule": Scale,
-    "out of sight": OutOfSight,
+    "no rule": lambda: models.Scale(6),
+    "out of sight": lambda: OutOfSight(6),
     "checkpoint": lambda: Checkpointed(False),
     "reentrant checkpoint": lambda: Checkpointed(True),
 }

@@ -14,7 +14,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ewc_fast.fisher import FisherEstimator, capture, estimate_fisher, rules
-from tests.fisher import brute_force, reference
+from tests.fisher import brute_force, models, reference
 from tests.fisher.test_values import assert_fisher, drawn_labels, with_labels
 
 CLASSES = 3
@@ -192,17 +192,6 @@ class BeforeCheckpoint(nn.Module):
         return self.last(checkpoint(self.middle, h, use_reentrant=True))
 
 
-class Scale(nn.Module):
-    """No rule covers it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.rand(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale.exp()
-
-
 def without_checkpoint(model: BeforeCheckpoint) -> BeforeCheckpoint:
     model = copy.deepcopy(model)
     model.plain = True
@@ -212,7 +201,7 @@ def without_checkpoint(model: BeforeCheckpoint) -> BeforeCheckpoint:
 @pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap")
 @pytest.mark.parametrize("draws", [1, 3])
 def test_uncovered_before_a_reentrant_checkpoint(draws: int, calls: list[bool]) -> None:
-    model, batches = BeforeCheckpoint(Scale()), make_batches()
+    model, batches = BeforeCheckpoint(models.Scale(5)), make_batches()
     plain = without_checkpoint(model)
     labels = brute_force.draw(plain, batches, num_label_samples=draws, generator=torch.Generator().manual_seed(3))
     fisher = estimate_fisher(
@@ -227,7 +216,7 @@ def test_uncovered_before_a_reentrant_checkpoint(draws: int, calls: list[bool]) 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # until the estimator has seen why
 @pytest.mark.parametrize("kind", ["empirical", "batch"])
 @pytest.mark.parametrize("size", [1, 6])
-@pytest.mark.parametrize("before", [lambda: nn.Linear(5, 5), Scale], ids=["covered", "uncovered"])
+@pytest.mark.parametrize("before", [lambda: nn.Linear(5, 5), lambda: models.Scale(5)], ids=["covered", "uncovered"])
 def test_not_estimated_before_a_reentrant_checkpoint(before: Callable[[], nn.Module], size: int, kind: str) -> None:
     model = BeforeCheckpoint(before())
     batches = [(torch.randn(size, 5), torch.randint(CLASSES, (size,))) for _ in range(3)]
@@ -242,7 +231,7 @@ def test_not_estimated_before_a_reentrant_checkpoint(before: Callable[[], nn.Mod
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("params", [None, ["middle.*", "last.*"]], ids=["all", "some"])
 def test_reentrant_checkpoint_only_later(params: list[str] | None, calls: list[bool]) -> None:
-    model, batches = BeforeCheckpoint(Scale(), plain_size=6), make_batches()
+    model, batches = BeforeCheckpoint(models.Scale(5), plain_size=6), make_batches()
     expected = brute_force.fisher(without_checkpoint(model), batches, "empirical")
     fisher = estimate_fisher(model, batches, kind="empirical", params=params)
     assert_fisher(fisher, {name: expected[name] for name in fisher}, TOLERANCE[torch.float32])
