@@ -5,8 +5,8 @@
 #
 # builds the extension from a copy of this checkout with the torch that is there, runs the GPU tests, compute-sanitizer,
 # the benchmark and ncu, and writes logs, summary.txt and summary.json to FOLDER, which is
-# benchmarks/results/<the card's name> if left out. Nothing is installed. It takes torch with CUDA, safetensors, tqdm,
-# setuptools, ninja, nvcc of torch's CUDA version; for the tests pytest and numpy, for the pictures matplotlib.
+# benchmarks/results/<the card's name> if left out. Nothing is installed. It takes torch with CUDA, safetensors, numpy, tqdm,
+# setuptools, ninja, nvcc of torch's CUDA version; for the tests pytest, for the pictures matplotlib.
 #
 # Each stage passes, fails, runs out of its time, or is skipped with the reason: without a GPU the extension is built
 # for the CPU and what takes a GPU is skipped. Exit status: 0, or 1 if a stage failed or ran out of time.
