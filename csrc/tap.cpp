@@ -1,10 +1,16 @@
 #include "tap.h"
 
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <vector>
+
+#include "cpu/vector_squares.h"
 
 namespace ewc {
 namespace {
@@ -12,18 +18,67 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Product.add_vectors_.
-void add_vectors_(const at::Tensor& total, const at::Tensor& x, const at::Tensor& g_squared, const VectorsRule& rule) {
+bool are_rows(const at::Tensor& t) { return t.is_cpu() && t.dim() == 2 && t.is_contiguous(); }
+
+// The squares of g and x, rows for samples, and the sums of g's over the samples: at once, for one after the other each
+// would wake the threads and send the numbers from core to core.
+template <typename M>
+void square_rows(const at::Tensor& g, at::Tensor& g_squared, const at::Tensor& x, at::Tensor& x_squared,
+                 const at::Tensor& bias) {
+  constexpr int64_t kEach = 16384;  // numbers that are worth a thread
+  const int64_t rows = g.size(0), width = g.size(1), x_width = x.size(1);
+  const int64_t tasks = std::clamp<int64_t>(rows * (width + x_width) / kEach, 1, at::get_num_threads());
+  std::vector<double> sums(bias.defined() ? tasks * width : 0, 0.0);
+  const M *from = g.const_data_ptr<M>(), *x_from = x.const_data_ptr<M>();
+  M *to = g_squared.mutable_data_ptr<M>(), *x_to = x_squared.mutable_data_ptr<M>();
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t begin = rows * task / tasks, end = rows * (task + 1) / tasks;
+      squares(x_from + begin * x_width, x_to + begin * x_width, (end - begin) * x_width);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t at = row * width;
+        if (bias.defined()) {
+          squares_and_sums(from + at, to + at, &sums[task * width], width);
+        } else {
+          squares(from + at, to + at, width);
+        }
+      }
+    }
+  });
+  if (!bias.defined()) return;
+  M* total = bias.mutable_data_ptr<M>();
+  for (int64_t i = 0; i < width; ++i) {
+    double sum = 0;
+    for (int64_t task = 0; task < tasks; ++task) sum += sums[task * width + i];
+    total[i] += static_cast<M>(sum);
+  }
+}
+
+// Product.add_vectors_, and the bias's sums; g is squared already where there are several backwards.
+void add_vectors_(const Sums& sums, const at::Tensor& x, const at::Tensor& g, bool is_squared, const VectorsRule& rule) {
+  const at::ScalarType dtype = sums.weight.scalar_type();
+  const bool bias_fits = !sums.bias.defined() || (sums.bias.is_contiguous() && sums.bias.scalar_type() == dtype);
   for (int64_t start = 0; start < x.size(0); start += rule.vectors) {
     const int64_t end = std::min(start + rule.vectors, x.size(0));
-    const at::Tensor x_squared = x.slice(0, start, end).to(g_squared.scalar_type()).square();
-    const at::Tensor g_part = g_squared.slice(0, start, end);
-    const at::Tensor left = (rule.left_is_g ? g_part : x_squared).t();
-    const at::Tensor& right = rule.left_is_g ? x_squared : g_part;
-    if (total.numel() < rule.small) {
-      total.add_(at::mm(left, right));
+    const at::Tensor x_part = x.slice(0, start, end).to(dtype), g_part = g.slice(0, start, end);
+    at::Tensor x_squared, g_squared = g_part;
+    if (!is_squared && bias_fits && are_rows(x_part) && are_rows(g_part) && g_part.scalar_type() == dtype) {
+      x_squared = at::empty_like(x_part);
+      g_squared = at::empty_like(g_part);
+      AT_DISPATCH_FLOATING_TYPES(dtype, "square_rows", [&] {
+        square_rows<scalar_t>(g_part, g_squared, x_part, x_squared, sums.bias);
+      });
     } else {
-      total.addmm_(left, right);
+      x_squared = x_part.square();
+      if (!is_squared) g_squared = g_part.square();
+      if (sums.bias.defined()) sums.bias.add_(g_squared.sum(0));
+    }
+    const at::Tensor left = (rule.left_is_g ? g_squared : x_squared).t();
+    const at::Tensor& right = rule.left_is_g ? x_squared : g_squared;
+    if (sums.weight.numel() < rule.small) {
+      sums.weight.add_(at::mm(left, right));
+    } else {
+      sums.weight.addmm_(left, right);
     }
   }
 }
@@ -51,13 +106,14 @@ struct TapVectors : torch::autograd::Function<TapVectors> {
       squares.addcmul_(g, g);
       if (ctx->saved_data["again"].toTensor().item<bool>()) return gradients(grads[0]);
     }
-    const at::Tensor g_squared = squares.defined() ? squares : g.square();
     if (weight.defined()) {
       const VectorsRule rule{ctx->saved_data["left_is_g"].toBool(), ctx->saved_data["small"].toInt(),
                              ctx->saved_data["vectors"].toInt()};
-      add_vectors_(weight, ctx->get_saved_variables()[0], g_squared, rule);
+      const at::Tensor x = ctx->get_saved_variables()[0];
+      add_vectors_({weight, bias}, x, squares.defined() ? squares : g, squares.defined(), rule);
+    } else {
+      bias.add_((squares.defined() ? squares : g.square()).sum(0));
     }
-    if (bias.defined()) bias.add_(g_squared.sum(0));
     return gradients(grads[0]);
   }
 

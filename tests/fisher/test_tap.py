@@ -257,6 +257,39 @@ def test_one_sample_more_than_a_block() -> None:
     assert_fisher(fisher, reference.fisher(model, [batch], "empirical"), TOLERANCE[torch.float64])
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squares_by_several_threads(threads: int, bias: bool, dtype: torch.dtype) -> None:
+    """Of blocks that are worth more than one, the last of another length."""
+    model = nn.Sequential(nn.Linear(70, 101, bias), nn.Tanh(), nn.Linear(101, 67, bias)).to(dtype)
+    batches = [(torch.randn(2 * rules.VECTORS + 77, 70, dtype=dtype), torch.randn(2 * rules.VECTORS + 77, 67))]
+    expected = reference_of_two_layers(model, *batches[0])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fisher = estimate_fisher(model, batches * 2, kind="empirical", loss="gaussian")
+    finally:
+        torch.set_num_threads(before)
+    assert_fisher(fisher, expected, TOLERANCE[dtype])
+
+
+def reference_of_two_layers(model: nn.Sequential, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The mean of the squares of each sample's gradients by hand, in fp64."""
+    w1, w2 = (model[i].weight.detach().double() for i in (0, 2))
+    b1, b2 = (0 if model[i].bias is None else model[i].bias.detach().double() for i in (0, 2))
+    x, y = x.double(), y.double()
+    h = torch.tanh(x @ w1.t() + b1)
+    g2 = h @ w2.t() + b2 - y
+    g1 = (g2 @ w2) * (1 - h * h)
+    found = {}
+    for i, g, a in ((0, g1, x), (2, g2, h)):
+        found[f"{i}.weight"] = torch.einsum("no,ni->oi", g * g, a * a) / len(x)
+        if model[i].bias is not None:
+            found[f"{i}.bias"] = (g * g).mean(0)
+    return found
+
+
 def test_bf16_autocast(calls: list[bool]) -> None:
     """The tolerance is derived in the same test of the kinds."""
     model, batches = Net(), make_batches()
