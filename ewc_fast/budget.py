@@ -33,11 +33,14 @@ class Measurement(NamedTuple):
         step: Optimizer steps since the last consolidate.
         forgetting: Since the last consolidate, nats per sample or token.
         ewc_lambda: What lambda was set to.
+        measured: Whether the forgetting is what the probe, or without one the prediction, said; False where it is the
+            prediction scaled to the probe's last measurement.
     """
 
     step: int
     forgetting: float
     ewc_lambda: float
+    measured: bool = True
 
 
 class EWCBudget:
@@ -56,7 +59,8 @@ class EWCBudget:
 
     With a probe the *measured* forgetting is kept to the budget, as far as the probe's samples stand for the old task.
     Without one it is ``predicted_forgetting`` at the present weights (one reading pass): that bounds the prediction and
-    no more: on the digits it is hundreds of times too low.
+    no more: on the digits it is hundreds of times too low. With ``probe_every`` above 1 a probe is asked less often; in
+    between the prediction stands in, scaled so that it would have agreed with the last of its measurements.
 
     Use it with ``coupling="proximal"``, which is stable for every lambda. Coupled, or with the penalty in the loss, a
     large lambda diverges: set ``max_lambda`` below where it does. Whatever changes the learning rate may go on doing
@@ -70,16 +74,20 @@ class EWCBudget:
             last consolidate and before training goes on, or any callable. None for the prediction alone.
         every: Steps between two measurements. A probe costs a forward pass over its samples.
         max_lambda: Where lambda ends. A budget that is not met there is said, once.
+        probe_every: From step ``every`` on, the probe is asked at one in so many of these steps; a reading pass takes
+            its place at the others. For a probe that costs much.
 
     Attributes:
         ewc: The penalty.
         max_forgetting: The budget; may be set at any time.
         every: Steps between two measurements.
         max_lambda: Where lambda ends.
+        probe_every: Measurements for one of the probe.
 
     Raises:
         TypeError: ``ewc`` is no EWCLoss, ``probe`` cannot be called, a number is no number.
-        ValueError: A number is out of range, lambda is 0, or there is no probe and the importances are no Fisher.
+        ValueError: A number is out of range, lambda is 0, there is no probe and the importances are no Fisher, or
+            ``probe_every`` without one.
     """
 
     def __init__(
@@ -90,13 +98,18 @@ class EWCBudget:
         every: int = 25,
         *,
         max_lambda: float = 1e9,
+        probe_every: int = 1,
     ) -> None:
         if not isinstance(ewc, EWCLoss):
             raise TypeError(f"ewc must be the EWCLoss whose lambda is to be set, got {type(ewc).__name__}")
         check_count(every, "every")
+        check_count(probe_every, "probe_every")
+        if probe is None and probe_every != 1:
+            raise ValueError(f"probe_every is {probe_every}, but there is no probe: give one, or leave probe_every out")
         self.ewc = ewc
         self.max_forgetting = max_forgetting
         self.every = every
+        self.probe_every = probe_every
         self.max_lambda = _positive("max_lambda", max_lambda, "set the largest lambda that the training bears")
         if ewc.ewc_lambda == 0:
             raise ValueError("ewc_lambda is 0, from which no factor leads away: start from ewc_lambda=100")
@@ -118,8 +131,8 @@ class EWCBudget:
 
     @property
     def forgetting(self) -> float:
-        """The newest measurement: since the last consolidate, nats; 0.0 before the first."""
-        return self._measurements[-1].forgetting if self._measurements else 0.0
+        """The newest measurement: since the last consolidate, nats; 0.0 before the first. None that was scaled."""
+        return next((m.forgetting for m in reversed(self._measurements) if m.measured), 0.0)
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
@@ -160,6 +173,7 @@ class EWCBudget:
         self._num_tasks = self.ewc.num_tasks
         self._steps = 0
         self._error: float | None = None
+        self._per_predicted: float | None = None  # what the probe said last, for a nat of the prediction then
         self._measurements.clear()
         self._baseline = self._look() if self._num_tasks else 0.0
         if math.isinf(self._baseline):
@@ -182,30 +196,41 @@ class EWCBudget:
         self._steps += 1
         if self._steps % self.every and (self._steps > self.every or self._steps & (self._steps - 1)):
             return None
-        forgetting = self._look() - self._baseline
+        measured = self._is_due()
+        if measured:
+            forgetting = self._look() - self._baseline
+            if self.probe_every != 1:
+                predicted = self._predicted()
+                self._per_predicted = forgetting / predicted if predicted > 0 and forgetting > 0 else None
+        else:
+            assert self._per_predicted is not None
+            forgetting = self._per_predicted * _not_nan(self._predicted())
         self.ewc.ewc_lambda = ewc_lambda = self._next_lambda(forgetting)
-        self._measurements.append(Measurement(self._steps, forgetting, ewc_lambda))
+        self._measurements.append(Measurement(self._steps, forgetting, ewc_lambda, measured))
         self._say_what_is_wrong()
         return ewc_lambda
 
+    def _is_due(self) -> bool:
+        """Whether the probe is to be asked, if there is one."""
+        number = self._steps // self.every
+        return self._per_predicted is None or self._steps % self.every > 0 or (number - 1) % self.probe_every == 0
+
     def _look(self) -> float:
         """What the probe says, or the prediction at the present weights. Synchronises."""
-        if self._probe is not None:
-            said = self._probe()
-            try:
-                value = float(said)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise TypeError(f"probe must return a number or 0-dim tensor, got {type(said).__name__}") from error
-        else:
-            with torch.no_grad():  # what the optimizer's own pass predicts, is from before its pull
-                results = self.ewc._run(self.ewc._parts, lambda part: [(part, self.ewc._value(part))])
-            value = float(self.ewc._total([r.predicted for _, r in results])) if results else 0.0
-        if math.isnan(value):
-            raise ValueError(
-                "the forgetting is NaN: the training has diverged. Lower the learning rate, or take "
-                "coupling='proximal', which is stable for every lambda"
-            )
-        return value
+        if self._probe is None:
+            return _not_nan(self._predicted())
+        said = self._probe()
+        try:
+            value = float(said)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"probe must return a number or 0-dim tensor, got {type(said).__name__}") from error
+        return _not_nan(value)
+
+    def _predicted(self) -> float:
+        """At the present weights: what the optimizer's own pass predicts, is from before its pull."""
+        with torch.no_grad():
+            results = self.ewc._run(self.ewc._parts, lambda part: [(part, self.ewc._value(part))])
+        return float(self.ewc._total([r.predicted for _, r in results])) if results else 0.0
 
     def _next_lambda(self, forgetting: float) -> float:
         aim = self.max_forgetting
@@ -268,6 +293,7 @@ class EWCBudget:
             "steps": self._steps,
             "baseline": self._baseline,
             "error": self._error,
+            "per_predicted": self._per_predicted,
             "measurements": [list(m) for m in self._measurements],
             "said": sorted(self._said),
         }
@@ -282,9 +308,14 @@ class EWCBudget:
         if not isinstance(state, Mapping) or state.keys() != expected:
             raise ValueError(f"this is no state of an EWCBudget, which has the entries {', '.join(expected)}")
         try:
-            measurements = [Measurement(int(step), float(f), float(x)) for step, f, x in state["measurements"]]
+            measurements = [
+                Measurement(int(step), float(f), float(x), bool(measured))
+                for step, f, x, measured in state["measurements"]
+            ]
             num_tasks, steps, baseline = int(state["num_tasks"]), int(state["steps"]), float(state["baseline"])
-            last_error = None if state["error"] is None else float(state["error"])
+            last_error, per_predicted = (
+                None if state[key] is None else float(state[key]) for key in ("error", "per_predicted")
+            )
             said = {str(what) for what in state["said"]}
             ewc_lambda = check_lambda(state["ewc_lambda"])
         except (TypeError, ValueError) as error:
@@ -292,6 +323,7 @@ class EWCBudget:
         self.ewc.ewc_lambda = ewc_lambda
         self._num_tasks, self._steps, self._baseline = num_tasks, steps, baseline
         self._error, self._measurements, self._said = last_error, measurements, said
+        self._per_predicted = per_predicted
 
     def __repr__(self) -> str:
         what = "prediction" if self._probe is None else "probe"
@@ -299,6 +331,15 @@ class EWCBudget:
             f"EWCBudget(max_forgetting={self.max_forgetting:g}, by the {what}, every={self.every}, "
             f"max_lambda={self.max_lambda:g}, forgetting={self.forgetting:.3g}, ewc_lambda={self.ewc.ewc_lambda:.3g})"
         )
+
+
+def _not_nan(forgetting: float) -> float:
+    if math.isnan(forgetting):
+        raise ValueError(
+            "the forgetting is NaN: the training has diverged. Lower the learning rate, or take "
+            "coupling='proximal', which is stable for every lambda"
+        )
+    return forgetting
 
 
 def _positive(name: str, value: float, remedy: str) -> float:

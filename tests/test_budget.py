@@ -216,6 +216,54 @@ def test_other_steps_touch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             assert probe.calls == calls + (given is probe)
 
 
+def test_between_two_of_the_probe_s_the_prediction_is_scaled_to_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    ewc = penalty(3.0)
+    anchor, fisher = ewc.anchor["weight"].clone(), ewc.fisher["weight"].double()
+    away = torch.randn_like(anchor)
+
+    def predicted(distance: float) -> float:
+        """By its formula."""
+        return 0.5 * (fisher * (distance * away) ** 2).sum().item()
+
+    probe = Scripted(0.1, 0.2, 0.3, 0.6)
+    budget = EWCBudget(ewc, 1.0, probe, every=2, probe_every=3)
+    said = [0.1, 0.2, None, None, 0.3, None, None, 0.6]  # at steps 1, 2, 4, 6, 8, 10, 12, 14
+    asked, distance = iter(said), 0.0
+    last = None
+    for step in range(1, 15):
+        distance += 0.1
+        with torch.no_grad():
+            ewc.model.weight.copy_(anchor + distance * away)
+        if budget.step() is None:
+            assert step % 2 and step > 1
+            continue
+        value = next(asked)
+        if value is not None:
+            last = value, predicted(distance)
+        newest = budget.measurements[-1]
+        assert last is not None
+        assert newest.measured == (value is not None) and newest.step == step
+        assert newest.forgetting == pytest.approx(last[0] * predicted(distance) / last[1], rel=1e-9)
+        assert budget.forgetting == budget.logs()["ewc/measured_forgetting"] == last[0]
+    assert probe.calls == 1 + 4
+    with torch.no_grad():
+        ewc.model.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="the forgetting is NaN"):
+        run(budget, 2)
+
+
+def test_without_anything_to_scale_the_probe_is_asked() -> None:
+    probe = Scripted(0.0, -0.1, 0.0, 0.5)
+    ewc = penalty()
+    budget = EWCBudget(ewc, 1.0, probe, every=1, probe_every=10)
+    run(budget, 3)
+    assert probe.calls == 4 and all(m.measured for m in budget.measurements)
+    with torch.no_grad():
+        ewc.model.weight += 1
+    run(budget, 3)
+    assert probe.calls == 5 and [m.measured for m in budget.measurements[-3:]] == [True, False, False]
+
+
 # ---- saving ----
 
 
@@ -231,9 +279,9 @@ def noisy_run(steps: range, parts: dict[str, Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the probe's standard error")
-@pytest.mark.parametrize("with_probe", [True, False])
+@pytest.mark.parametrize("probe_every", [1, 3, None])
 @pytest.mark.parametrize("at", [0, 3, 40, 47])
-def test_resumed_equals_uninterrupted(with_probe: bool, at: int) -> None:
+def test_resumed_equals_uninterrupted(probe_every: int | None, at: int) -> None:
     old = torch.randn(32, 3, dtype=torch.float64)
     labels = torch.randint(2, (32,))
     start = {name: t.clone() for name, t in linear().state_dict().items()}
@@ -243,9 +291,13 @@ def test_resumed_equals_uninterrupted(with_probe: bool, at: int) -> None:
         model.load_state_dict(start)
         ewc = EWCLoss(model, 10.0)
         ewc.consolidate([(old, labels)], kind="exact")
-        probe = ForgettingProbe(model, old) if with_probe else None
+        probe = ForgettingProbe(model, old) if probe_every else None
         optimizer = EWCAdamW(model.parameters(), lr=0.02, ewc=ewc, coupling="proximal")
-        return {"model": model, "optimizer": optimizer, "budget": EWCBudget(ewc, 0.01, probe, every=10)}
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "budget": EWCBudget(ewc, 0.01, probe, every=10, probe_every=probe_every or 1),
+        }
 
     whole, first, second = make(), make(), make()
     noisy_run(range(100), whole)
@@ -282,6 +334,7 @@ def test_foreign_state(bad: Any) -> None:
         ("ewc_lambda", -1.0),
         ("said", 3),
         ("error", {}),
+        ("per_predicted", "much"),
     ],
 )
 def test_damaged_state(entry: str, value: Any) -> None:
@@ -305,6 +358,8 @@ def test_damaged_state(entry: str, value: Any) -> None:
         ({"every": 0}, ValueError, "every must be a positive integer, got 0"),
         ({"every": 2.0}, ValueError, "every must be a positive integer, got 2.0"),
         ({"every": True}, ValueError, "every must be a positive integer, got True"),
+        ({"probe_every": 0}, ValueError, "probe_every must be a positive integer, got 0"),
+        ({"probe_every": 2, "probe": None}, ValueError, "probe_every is 2, but there is no probe: give one"),
         ({"probe": 3}, TypeError, "probe must be callable .*got int"),
         ({"max_lambda": -1.0}, ValueError, "max_lambda must be finite and above 0"),
         ({"max_lambda": 1.0}, ValueError, "ewc_lambda is 100, above max_lambda=1: lower it"),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch.optim import Optimizer
 
+from ewc_fast.budget import EWCBudget
 from ewc_fast.checks import check_count
 from ewc_fast.forgetting import ForgettingProbe
-from ewc_fast.integrations import install_command
+from ewc_fast.integrations import check_budget, install_command
 from ewc_fast.integrations.ranks import check_same_on_all
 from ewc_fast.loss import EWCLoss
 from ewc_fast.optim.attach import AttachHandle, Attachment, check_coupling
@@ -46,13 +48,15 @@ class EWCCallback(Callback):
     ``ewc/penalty`` and ``ewc/predicted_forgetting`` are logged after every batch, as the newest step found them, and
     with a probe ``ewc/measured_forgetting``. Fisher and anchor are saved in Lightning's checkpoints and restored from
     them by ``fit``, so that a resumed run still returns to the original anchor; an evaluation of a checkpoint leaves
-    them as they are. lambda and damping are what ``ewc`` is made with.
+    them as they are. lambda and damping are what ``ewc`` is made with; with a budget, lambda is logged as
+    ``ewc/lambda``, and saved and restored with the rest.
 
     Args:
         ewc: The penalty, on the LightningModule or a module in it.
         coupling: ``"coupled"`` or ``"proximal"``; see :meth:`ewc_fast.EWCLoss.attach`.
         probe: Measures the forgetting.
         probe_every: Optimizer steps between two measurements.
+        budget: Sets lambda as training goes on; its ``step()`` is called after each batch that had an optimizer step.
         consolidate: Batches of the task that is being learnt, as :func:`ewc_fast.estimate_fisher` takes them: at the
             end of training its Fisher is folded in and the anchor moves. None to leave that to the caller.
         **estimate: With ``consolidate``: ``kind``, ``loss`` and the other arguments of
@@ -60,9 +64,10 @@ class EWCCallback(Callback):
 
     Raises:
         TypeError: ``ewc`` is no EWCLoss, or ``probe`` cannot be called.
-        ValueError: There is no such coupling, ``probe_every`` is no positive integer, or ``estimate`` is given without
-            ``consolidate``. As training begins: DeepSpeed, FSDP or model parallelism, no optimizer steps a protected
-            parameter, ``ewc.attach`` was called for one that does, or ``consolidate`` with several processes.
+        ValueError: There is no such coupling, ``probe_every`` is no positive integer, the budget is another penalty's
+            or has a probe of its own beside ``probe``, or ``estimate`` is given without ``consolidate``. As training
+            begins: DeepSpeed, FSDP or model parallelism, no optimizer steps a protected parameter, ``ewc.attach`` was
+            called for one that does, or ``consolidate`` with several processes.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class EWCCallback(Callback):
         coupling: str = "coupled",
         probe: ForgettingProbe | None = None,
         probe_every: int = 100,
+        budget: EWCBudget | None = None,
         consolidate: Iterable[Any] | None = None,
         **estimate: Any,
     ) -> None:
@@ -81,12 +87,14 @@ class EWCCallback(Callback):
         if probe is not None and not callable(probe):
             raise TypeError(f"probe must be callable without arguments, got {type(probe).__name__}")
         check_count(probe_every, "probe_every")
+        check_budget(budget, ewc, probe)
         if estimate and consolidate is None:
             raise ValueError(f"{', '.join(estimate)}: only with consolidate=, the batches to estimate a Fisher on")
         self.ewc, self.coupling, self.probe, self.probe_every = ewc, coupling, probe, probe_every
-        self._consolidate, self._estimate = consolidate, estimate
+        self.budget, self._consolidate, self._estimate = budget, consolidate, estimate
         self._stage = "fit"
         self._attachments: dict[Optimizer, Attachment | None] = {}
+        self._steps = 0  # optimizer steps at the end of the newest batch
         self._measured = 0  # how many times probe_every steps had been done at the newest measurement
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -111,7 +119,8 @@ class EWCCallback(Callback):
         check_same_on_all(self.ewc)
         if not self.ewc.num_tasks and self._consolidate is None:
             self.ewc._say_once("no task has been consolidated: the penalty has no effect. Call ewc.consolidate first")
-        self._measured = trainer.global_step // self.probe_every
+        self._steps = trainer.global_step
+        self._measured = self._steps // self.probe_every
         for optimizer in trainer.optimizers:
             self._attach(optimizer)
         if trainer.optimizers and not any(map(self.ewc.is_attached, trainer.optimizers)):
@@ -149,8 +158,11 @@ class EWCCallback(Callback):
         handle.remember()  # or ewc.clip_grad_norm_ in configure_gradient_clipping would add it again
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs."""
-        for name, value in self.ewc.logs().items():
+        """Counts the step for the budget, and logs."""
+        if self.budget is not None and trainer.global_step > self._steps:
+            self.budget.step()
+        self._steps = trainer.global_step
+        for name, value in (self.budget or self.ewc).logs().items():
             pl_module.log(name, value)
         due = trainer.global_step // self.probe_every
         if self.probe is not None and due > self._measured:
@@ -174,8 +186,8 @@ class EWCCallback(Callback):
         self._attachments.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Fisher and anchor, for Lightning's checkpoint."""
-        return self.ewc.state_dict()
+        """Fisher and anchor, and where the budget stands, for Lightning's checkpoint."""
+        return {"ewc": self.ewc.state_dict(), "budget": None if self.budget is None else self.budget.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores them from it, to train; an evaluation of a checkpoint must not undo what was consolidated since.
@@ -183,5 +195,14 @@ class EWCCallback(Callback):
         Raises:
             ValueError: They are of another model, mode or gamma.
         """
-        if self._stage == "fit":
-            self.ewc.load_state_dict(state_dict)
+        if self._stage != "fit":
+            return
+        self.ewc.load_state_dict(state_dict["ewc"])
+        if self.budget is not None and state_dict["budget"] is not None:
+            self.budget.load_state_dict(state_dict["budget"])
+        elif self.budget is not None:
+            warnings.warn(
+                "ckpt_path: the checkpoint was saved without a budget: it starts anew, with the present lambda, "
+                f"{self.ewc.ewc_lambda:g}",
+                stacklevel=2,
+            )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ewc_fast.budget import EWCBudget
 from ewc_fast.checks import check_count
 from ewc_fast.fisher import estimate_fisher
-from ewc_fast.integrations import install_command
+from ewc_fast.integrations import check_budget, install_command
 from ewc_fast.integrations.ranks import check_same_on_all
 from ewc_fast.layout import unwrapped
 from ewc_fast.loss import EWCLoss
@@ -113,10 +113,7 @@ class EWCCallback(TrainerCallback):
         if probe is not None and not callable(probe):
             raise TypeError(f"probe must be callable without arguments, got {type(probe).__name__}")
         check_count(probe_every, "probe_every")
-        if budget is not None and budget.ewc is not ewc:
-            raise ValueError("budget: its EWCLoss is another one than ewc; make it with EWCBudget(ewc, ...)")
-        if budget is not None and probe is not None and "ewc/measured_forgetting" in budget.logs():
-            raise ValueError("probe: the budget has a probe of its own, which is logged: leave this one out")
+        check_budget(budget, ewc, probe)
         if consolidate is not None:
             _check_arguments(consolidate)
         self._made: EWCLoss | None = ewc if isinstance(ewc, EWCLoss) else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ewc_fast import EWCAdamW, EWCLoss, ForgettingProbe
+from ewc_fast import EWCAdamW, EWCBudget, EWCLoss, ForgettingProbe
 
 L = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch import strategies  # noqa: E402
@@ -395,6 +395,48 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
         assert torch.equal(fresh.fisher[name], ewc.fisher[name])
 
 
+@pytest.mark.filterwarnings("ignore:the probe's standard error")
+def test_a_budget_sets_lambda_and_is_resumed(tmp_path: Path) -> None:
+    start, _ = prepared(OPTIMIZERS["adamw"])
+    data, old = batches(6), torch.randn(16, 5, dtype=torch.float64)
+    fisher = {name: torch.rand(p.shape) for name, p in start.named_parameters()}
+
+    def make(with_budget: bool = True) -> tuple[Module, EWCLoss, EWCCallback]:
+        module = copy.deepcopy(start)
+        ewc = EWCLoss(module, LAMBDA)
+        ewc.consolidate(fisher=fisher)
+        budget = EWCBudget(ewc, 1e-3, ForgettingProbe(module, old), every=1) if with_budget else None
+        return module, ewc, EWCCallback(ewc, coupling="proximal", budget=budget)
+
+    module, ewc, callback = make()
+    whole = trainer(callback, max_epochs=2, accumulate_grad_batches=2)
+    whole.fit(module, loader(data))
+    assert callback.budget is not None
+    assert [m.step for m in callback.budget.measurements] == [1, 2, 3, 4, 5, 6]  # of 12 batches
+    assert whole.callback_metrics["ewc/lambda"].item() == pytest.approx(ewc.ewc_lambda, rel=1e-6)
+    assert ewc.ewc_lambda != LAMBDA
+    assert whole.callback_metrics["ewc/measured_forgetting"].item() == pytest.approx(callback.budget.forgetting)
+
+    module_1, _, callback_1 = make()
+    first = trainer(callback_1, accumulate_grad_batches=2)
+    first.fit(module_1, loader(data))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    module_2, ewc_2, callback_2 = make()
+    resumed = trainer(callback_2, max_epochs=2, accumulate_grad_batches=2)
+    resumed.fit(module_2, loader(data), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert_same(module_2, module, rtol=0, atol=0)
+    assert callback_2.budget is not None and callback_2.budget.measurements == callback.budget.measurements
+    assert ewc_2.ewc_lambda == ewc.ewc_lambda
+
+    module_3, _, callback_3 = make(with_budget=False)
+    without = trainer(callback_3)
+    without.fit(module_3, loader(data))
+    without.save_checkpoint(tmp_path / "without.ckpt")
+    module_4, _, callback_4 = make()
+    with pytest.warns(UserWarning, match="the checkpoint was saved without a budget: .* lambda, 3"):
+        trainer(callback_4).fit(module_4, loader(data), ckpt_path=tmp_path / "without.ckpt", weights_only=True)
+
+
 @pytest.mark.parametrize("evaluation", ["test", "validate", "predict"])
 def test_evaluating_a_checkpoint_leaves_what_is_consolidated(evaluation: str, tmp_path: Path) -> None:
     module, ewc = prepared(OPTIMIZERS["sgd"])
@@ -473,6 +515,11 @@ def test_bad_arguments_are_named() -> None:
         EWCCallback(ewc, probe_every=0)
     with pytest.raises(TypeError, match="probe must be callable"):
         EWCCallback(ewc, probe=3)  # type: ignore[arg-type]
+    budget = EWCBudget(ewc, 1.0, lambda: 0.0)
+    with pytest.raises(ValueError, match="budget: its EWCLoss is another one"):
+        EWCCallback(prepared(OPTIMIZERS["sgd"])[1], budget=budget)
+    with pytest.raises(ValueError, match="probe: the budget has a probe of its own"):
+        EWCCallback(ewc, budget=budget, probe=lambda: 0.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kind: only with consolidate="):
         EWCCallback(ewc, kind="exact")
 

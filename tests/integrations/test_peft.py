@@ -25,10 +25,17 @@ from peft import (  # noqa: E402
     get_peft_model,
 )
 from safetensors.torch import load_file  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification  # noqa: E402
+from torch.utils.data import SequentialSampler  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from ewc_fast.integrations.peft import check_adapters, from_peft_names, to_peft_names  # noqa: E402
-from ewc_fast.integrations.transformers import consolidate  # noqa: E402
+from ewc_fast.integrations.transformers import EWCCallback, consolidate  # noqa: E402
 
 LAMBDA, LR, TOKENS = 30.0, 0.1, 6
 BASE = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
@@ -240,3 +247,73 @@ def test_merged_and_disabled_adapters_are_refused() -> None:
     with model.disable_adapter(), pytest.raises(ValueError, match="q_proj has its adapters disabled"):
         check_adapters(model)
     check_adapters(nn.DataParallel(model))
+
+
+# ---- in the Trainer ----
+
+
+def make_trainer(model: PeftModel, ewc: EWCLoss, folder: Path, data: Tensor, steps: int) -> Trainer:
+    args = TrainingArguments(
+        str(folder),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        save_strategy="steps",
+        save_steps=2,
+        logging_steps=1,
+    )
+    rows = [{"input_ids": ids, "labels": torch.cat([torch.tensor([-100]), ids[1:]])} for ids in data]
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[EWCCallback(ewc)])
+    trainer._get_train_sampler = lambda *_: SequentialSampler(rows)  # type: ignore[method-assign]
+    return trainer
+
+
+def test_adapters_in_the_trainer_equal_a_loop_and_resume(tmp_path: Path) -> None:
+    start, data = make_model(), torch.randint(40, (16, TOKENS))
+    fisher = {n: 0.1 * torch.rand_like(p) for n, p in trained(start).items()}
+    anchor = {n: p.detach() + 0.05 * torch.randn_like(p) for n, p in trained(start).items()}
+
+    def prepare(folder: str, steps: int) -> tuple[PeftModel, EWCLoss, Trainer]:
+        model = copy.deepcopy(start)
+        ewc = EWCLoss(model, LAMBDA)
+        ewc.consolidate(fisher=fisher, anchor=anchor)
+        return model, ewc, make_trainer(model, ewc, tmp_path / folder, data, steps)
+
+    model, _, whole = prepare("whole", 4)
+    whole.train()
+    plain = copy.deepcopy(start)
+    optimizer = torch.optim.SGD(trained(plain).values(), lr=LR)
+    for batch in data.split(4):
+        optimizer.zero_grad()
+        logits = plain(input_ids=batch).logits
+        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+        for n, p in trained(plain).items():
+            p.grad += LAMBDA * fisher[n] * (p.detach() - anchor[n])
+        optimizer.step()
+    assert_same(model, plain)
+
+    prepare("parts", 2)[2].train()
+    model, ewc, resumed = prepare("parts", 4)
+    ewc.consolidate(fisher=fisher)  # another anchor than the checkpoint's, which counts
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(model, plain)
+    assert all(torch.equal(ewc.anchor[n], anchor[n]) for n in anchor)
+
+
+def test_merged_adapters_are_refused_before_training(tmp_path: Path) -> None:
+    model = make_model()
+    ewc = EWCLoss(model, LAMBDA)
+    end_task(ewc, model)
+    trainer = make_trainer(model, ewc, tmp_path, torch.randint(40, (4, TOKENS)), 1)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        trainer.train()
+    assert not ewc._is_attached()
+    model.unmerge_adapter()
+    trainer.train()
