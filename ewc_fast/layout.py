@@ -106,13 +106,25 @@ def select_parameters(
             wanted |= hits
         chosen = {name: p for name, p in chosen.items() if name in wanted}
     for name, p in chosen.items():
-        if hasattr(p, "device_mesh"):  # as FSDP2 and tensor parallelism leave it
-            raise ValueError(
-                f"{name} is sharded (a DTensor), which this version does not penalise: train with DDP, or leave it out "
-                "with params="
-            )
+        check_whole(name, p)
     buffers = frozenset(own_name(model, name) for name, _ in model.named_buffers(remove_duplicate=False))
     return chosen, frozenset(every.keys() - chosen.keys()), buffers
+
+
+def check_whole(name: str, p: Tensor) -> None:
+    """Raises where each process keeps a part of a parameter."""
+    if hasattr(p, "device_mesh"):  # as FSDP2 and tensor parallelism leave it
+        what = "a DTensor"
+    elif hasattr(p, "_fsdp_flattened"):
+        what = "by FullyShardedDataParallel"
+    elif hasattr(p, "ds_tensor"):
+        what = "by DeepSpeed ZeRO-3"
+    else:
+        return
+    raise ValueError(
+        f"{name} is sharded ({what}), which this version does not penalise: train with DDP, or leave it out with "
+        "params="
+    )
 
 
 def name_parameters(model: nn.Module, params: Iterable[str | Tensor]) -> list[str]:

@@ -16,7 +16,7 @@ from ewc_fast import storage
 from ewc_fast.checks import check_count
 from ewc_fast.fisher import estimate_fisher
 from ewc_fast.functional import check_lambda
-from ewc_fast.layout import Slot, module_edges, name_parameters, own_name, select_parameters
+from ewc_fast.layout import Slot, check_whole, module_edges, name_parameters, own_name, select_parameters
 from ewc_fast.ops import autograd, steps
 from ewc_fast.ops import penalty as ops
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
@@ -358,6 +358,9 @@ class EWCLoss:
         for g in self._state.groups:
             for slot in g.group.slots:
                 if slot.name not in every:
+                    for other, p in every.items():
+                        if other.endswith("_flat_param"):  # FSDP's, in which the others are now
+                            check_whole(other, p)
                     self._say_dropped(slot.name)
                     continue
                 bound[slot.name] = every[slot.name]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc_fast.layout import Group, Slot, make_groups
+from ewc_fast.layout import Group, Slot, check_whole, make_groups
 from ewc_fast.ops.memory import same_memory_order
 from ewc_fast.ops.types import STATE_DTYPES
 
@@ -353,7 +353,7 @@ def protected_part(name: str, p: Tensor, shape: torch.Size) -> Tensor:
     """The part of a parameter that the state protects: all of it, or the old rows of one that has grown.
 
     Raises:
-        ValueError: The shape changed otherwise, or the parameter is on the meta device.
+        ValueError: The shape changed otherwise, or the parameter is sharded or on the meta device.
     """
     if p.device.type == "meta":
         raise ValueError(f"{name} is on the meta device and holds no numbers: materialise the model first")
@@ -361,6 +361,7 @@ def protected_part(name: str, p: Tensor, shape: torch.Size) -> Tensor:
         return p
     if p.dim() > 0 and p.dim() == len(shape) and p.shape[1:] == shape[1:] and p.shape[0] > shape[0]:
         return p.detach()[: shape[0]]
+    check_whole(name, p)
     raise ValueError(
         f"{name} has shape {tuple(p.shape)}, its anchor {tuple(shape)}: only rows may be added; for a new layer, give "
         "it another name"

@@ -3,7 +3,7 @@
     python examples/finetune_encoder.py --texts texts
 
 all-MiniLM-L6-v2 learns to tell Debian's fortunes apart by subject: four tasks of four subjects each, a head for each
-task. Three methods, each over nine settings: plain fine-tuning, L2-SP, and EWC. The encoder is protected, the heads are
+task. Three methods, each over six settings: plain fine-tuning, L2-SP, and EWC. The encoder is protected, the heads are
 not: a finished task's head gets no gradient any more. *Best* is the highest mean accuracy over the tasks at the end.
 llm_data.py has the command that brings the texts; the encoder is
 
@@ -45,8 +45,8 @@ from ewc_fast.machine import describe_machine
 RESULTS = Path(__file__).parent / "results" / "finetune_encoder"
 MIXTURES = frozenset({"cookie", "fortunes", "miscellaneous"})  # subjects that are none
 TASKS, SUBJECTS = 4, 4
-TRAIN, TEST = 150, 50  # texts of each subject
-TOKENS, BATCH, EPOCHS = 48, 16, 3
+TRAIN, TEST = 100, 50  # texts of each subject
+TOKENS, BATCH, EPOCHS = 32, 16, 2
 SHORTEST = 40  # characters
 TITLES = {"plain": "plain fine-tuning", "l2sp": "L2-SP", "ewc": "EWC, damping 0.1"}
 SEEDS = (0, 1, 2)
@@ -66,9 +66,9 @@ class Arm:
 
 
 def arms() -> list[Arm]:
-    """Nine settings of each method, the methods in turn."""
-    plain = [Arm("plain", lr) for lr in (5e-5, 1e-4, 2e-5, 2e-4, 1e-5, 5e-4, 5e-6, 2e-6, 1e-3)]
-    rates = (1e-4, 2e-4, 5e-5)
+    """Six settings of each method, the methods in turn."""
+    plain = [Arm("plain", lr) for lr in (5e-5, 1e-4, 2e-5, 2e-4, 1e-5, 5e-4)]
+    rates = (1e-4, 2e-4)
     ewc = [Arm("ewc", lr, weight) for lr in rates for weight in (100.0, 1000.0, 10.0)]
     l2sp = [Arm("l2sp", lr, weight) for lr in rates for weight in (1.0, 10.0, 0.1)]
     return [arm for three in zip(plain, ewc, l2sp, strict=True) for arm in three]
@@ -184,7 +184,7 @@ def run(options: argparse.Namespace, arm: Arm) -> dict[str, Any]:
         model.task = task
         model.train()
         trained = [*model.encoder.parameters(), *model.heads[task].parameters()]
-        optimizer = torch.optim.AdamW(trained, lr=arm.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained, lr=arm.lr, weight_decay=0.0, fused=True)
         steps = epochs * -(-len(samples["labels"]) // BATCH)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         handle = ewc.attach(optimizer) if ewc is not None else None
