@@ -25,9 +25,9 @@ bool are_rows(const at::Tensor& t) { return t.is_cpu() && t.dim() == 2 && t.is_c
 template <typename M>
 void square_rows(const at::Tensor& g, at::Tensor& g_squared, const at::Tensor& x, at::Tensor& x_squared,
                  const at::Tensor& bias) {
-  constexpr int64_t kEach = 16384;  // numbers that are worth a thread
+  constexpr int64_t kEach = 16384;  // numbers that are worth a thread; of a task, whatever the threads, as sums depend on it
   const int64_t rows = g.size(0), width = g.size(1), x_width = x.size(1);
-  const int64_t tasks = std::clamp<int64_t>(rows * (width + x_width) / kEach, 1, at::get_num_threads());
+  const int64_t tasks = std::max<int64_t>(rows * (width + x_width) / kEach, 1);
   std::vector<double> sums(bias.defined() ? tasks * width : 0, 0.0);
   const M *from = g.const_data_ptr<M>(), *x_from = x.const_data_ptr<M>();
   M *to = g_squared.mutable_data_ptr<M>(), *x_to = x_squared.mutable_data_ptr<M>();
@@ -35,13 +35,12 @@ void square_rows(const at::Tensor& g, at::Tensor& g_squared, const at::Tensor& x
     for (int64_t task = first; task < last; ++task) {
       const int64_t begin = rows * task / tasks, end = rows * (task + 1) / tasks;
       squares(x_from + begin * x_width, x_to + begin * x_width, (end - begin) * x_width);
+      if (!bias.defined()) {
+        squares(from + begin * width, to + begin * width, (end - begin) * width);
+        continue;
+      }
       for (int64_t row = begin; row < end; ++row) {
-        const int64_t at = row * width;
-        if (bias.defined()) {
-          squares_and_sums(from + at, to + at, &sums[task * width], width);
-        } else {
-          squares(from + at, to + at, width);
-        }
+        squares_and_sums(from + row * width, to + row * width, &sums[task * width], width);
       }
     }
   });
@@ -52,6 +51,7 @@ void square_rows(const at::Tensor& g, at::Tensor& g_squared, const at::Tensor& x
     for (int64_t task = 0; task < tasks; ++task) sum += sums[task * width + i];
     total[i] += static_cast<M>(sum);
   }
+  bias.unsafeGetTensorImpl()->bump_version();
 }
 
 // Product.add_vectors_, and the bias's sums; g is squared already where there are several backwards.
@@ -128,6 +128,13 @@ struct TapVectors : torch::autograd::Function<TapVectors> {
 
 at::Tensor tap_vectors(const at::Tensor& y, const at::Tensor& anchor, const at::Tensor& x, const Sums& sums,
                        const VectorsRule& rule, const Several& several) {
+  const at::Tensor& total = sums.weight;
+  TORCH_CHECK(y.dim() == 2 && (!sums.bias.defined() || sums.bias.numel() == y.size(1)),
+              "tap_vectors: the bias's sums do not fit the output");
+  TORCH_CHECK(!total.defined() || (x.dim() == 2 && x.size(0) == y.size(0) && total.dim() == 2 &&
+                                   total.size(rule.left_is_g ? 0 : 1) == y.size(1) &&
+                                   total.size(rule.left_is_g ? 1 : 0) == x.size(1)),
+              "tap_vectors: the weight's sums do not fit input and output");
   // Kept in the precision in which autocast multiplied.
   const at::Tensor saved = at::isReducedFloatingType(y.scalar_type()) ? x.detach().to(y.scalar_type()) : x.detach();
   return TapVectors::apply(y, anchor, saved, sums, rule, several);

@@ -56,7 +56,8 @@ def sample_sequences(
         prompts: (P,) integers that every sequence begins with, or (N, P), one row for each; 1 <= P < length. A start
             token is a prompt of one token. None: the first token is drawn uniformly from the vocabulary, as far as the
             input embedding (``model.get_input_embeddings()``) reaches; where a vocabulary is padded with tokens that
-            were never trained, give prompts of tokens that were.
+            were never trained, give prompts of tokens that were. The model did not draw a prompt: label it -100 for the
+            Fisher, and give the probe ``num_prompt_tokens``.
         temperature: Divides the logits. Other than 1, the text is not from the model's distribution, and neither
             statement above holds.
         batch_size: Sequences written at a time; memory (cache and logits) is proportional to it.

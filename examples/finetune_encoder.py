@@ -45,7 +45,7 @@ from ewc_fast.machine import describe_machine
 RESULTS = Path(__file__).parent / "results" / "finetune_encoder"
 MIXTURES = frozenset({"cookie", "fortunes", "miscellaneous"})  # subjects that are none
 TASKS, SUBJECTS = 4, 4
-TRAIN, TEST = 100, 50  # texts of each subject
+TRAIN, TEST = 60, 50  # texts of each subject
 TOKENS, BATCH, EPOCHS = 32, 16, 2
 SHORTEST = 40  # characters
 TITLES = {"plain": "plain fine-tuning", "l2sp": "L2-SP", "ewc": "EWC, damping 0.1"}

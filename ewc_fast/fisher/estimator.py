@@ -17,7 +17,7 @@ from ewc_fast.fisher.capture import SILENT, UNCOVERED, Capture, StatusChanged, U
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.fisher.fallback import NotVectorised, add_in_loop, add_vectorised
 from ewc_fast.fisher.modes import module_mode
-from ewc_fast.fisher.objectives import Objective, Target, make_objective
+from ewc_fast.fisher.objectives import CrossEntropy, Objective, Target, make_objective
 from ewc_fast.layout import select_parameters, unwrapped
 from ewc_fast.ops.fisher import fisher_accumulate_
 
@@ -189,6 +189,10 @@ class FisherEstimator:
                 self._add(to_device(batch, self.device))
         except (TypeError, ValueError) as error:
             error.args = (f"batch {self._batches}: {error}",)
+            raise
+        except (RuntimeError, IndexError) as error:  # the model's own, whose message others may look for
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"in batch {self._batches} of the loader")
             raise
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -550,10 +554,12 @@ class FisherEstimator:
             raise ValueError("the state was made with a generator and this estimator has none, or the other way round")
         num_samples, num_terms, largest, batches = map(int, state["counts"])
         if self._generator is not None:
-            self._generator.set_state(state["generator"])
+            self._generator.set_state(state["generator"].cpu())
         for name, total in self._sums.items():
             total.copy_(state["sums"][name])
         self._objective.unit = state["unit"]
+        if isinstance(self._objective, CrossEntropy):
+            self._objective.unit_is_known = num_samples > 0
         self.num_samples, self.num_terms, self._largest, self._batches = num_samples, num_terms, largest, batches
         self._checked = 0
         self._methods = set(state["methods"])

@@ -18,6 +18,7 @@ LOSSES = ("cross_entropy", "binary_cross_entropy", "gaussian", "causal_lm")
 _GIVEN = frozenset({"empirical", "reversed", "batch"})
 EXACT_BACKWARDS = 4096  # of one batch
 _TELLING, _ALIKE = 8, 0.9  # so many labels, of which such a share equals the input, are no chance
+_PER = {"sample": "sample", "label": "position"}  # what has a label of its own, by the unit
 _NOT_CAUSAL = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification")
 
 Transform = Callable[[Tensor], Tensor]
@@ -141,6 +142,7 @@ class CrossEntropy(Objective):
     ) -> None:
         super().__init__(kind, transform, draws)
         self.ignore_index, self.smoothing = ignore_index, smoothing
+        self.unit_is_known = False
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "ignore_index": self.ignore_index, "label_smoothing": self.smoothing}
@@ -149,7 +151,14 @@ class CrossEntropy(Objective):
         size = batch_size(batch)
         labels = self._labels(batch)
         self._check_logits(model, z, size, labels, batch)
+        unit = "sample" if z.dim() == 2 else "label"
+        if self.unit_is_known and unit != self.unit:
+            raise ValueError(
+                f"this batch's labels are one per {_PER[unit]}, those before one per {_PER[self.unit]}: estimate them "
+                "apart, for their units differ"
+            )
         if z.dim() == 2:
+            self.unit_is_known = True
             if self.kind not in _GIVEN:
                 return Target(None, None, size)  # unlabelled data will do, whatever stands for a missing label
             assert labels is not None
@@ -159,7 +168,7 @@ class CrossEntropy(Objective):
                 f"the logits have shape {tuple(z.shape)}, so labels (batch, positions) are needed to say which "
                 "positions count (-100 does not); for a causal language model use loss='causal_lm'"
             )
-        self.unit = "label"
+        self.unit, self.unit_is_known = unit, True
         return self._given(z, labels, tuple(z.shape[:-1]))
 
     def _check_logits(self, model: nn.Module, z: Tensor, size: int, labels: Tensor | None, batch: Any) -> None:
@@ -308,6 +317,13 @@ class CausalLM(CrossEntropy):
         return z[:, :-1]
 
     def target(self, model: nn.Module, z: Tensor, batch: Any) -> Target:
+        config = getattr(model, "config", None)
+        names = [base.__name__ for base in type(model).__mro__]
+        if getattr(config, "is_encoder_decoder", False) is True or any(n.endswith(_NOT_CAUSAL) for n in names):
+            raise ValueError(
+                f"loss='causal_lm' shifts the labels by one, which {type(model).__name__} does not do: use "
+                "loss='cross_entropy'"
+            )
         call = take_apart(batch)
         ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
         labels = ids if call.labels is None else call.labels
@@ -442,6 +458,13 @@ def make_objective(kind: str, loss: Any, transform: Transform | None, draws: int
     check_count(draws, "num_label_samples")
     if draws != 1 and kind != "sampled":
         raise ValueError(f"num_label_samples={draws} has a meaning for kind='sampled' only; kind is {kind!r}")
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)):
+        base = nn.CrossEntropyLoss if isinstance(loss, nn.CrossEntropyLoss) else nn.BCEWithLogitsLoss
+        if type(loss).forward is not base.forward:
+            raise ValueError(
+                f"loss={type(loss).__name__} computes something else than {base.__name__}: give loss= a "
+                "callable(model, batch) that returns a loss for each sample"
+            )
     if isinstance(loss, nn.CrossEntropyLoss):
         if loss.weight is not None:
             raise ValueError(

@@ -380,9 +380,16 @@ def test_bars(results):
     assert package.found == pytest.approx((2 / 3 + 0.8) / 2) and not package.met
     assert found["mlp, exact: times as fast as the fastest package, Other"].found == 2
     assert found["mlp, empirical: memory over that of activations and largest layer"].found == pytest.approx(1 / 1.2)
-    llama = found["Llama, batches of 8: times as fast as the loop of batch size 1"]
+    assert "mlp, exact: memory over that of activations and largest layer" in found
+    loop = "times as fast as the loop of batch size 1"
+    llama = found[f"Llama, empirical, batches of 8: {loop}"]
     assert llama.found == pytest.approx(2.5) and llama.met and llama.low == pytest.approx(2.1)
-    assert len(found) == len(report.bars(results)) == 8  # none for exact's memory, none for what was not measured
+    assert not found[f"Llama, empirical, batches of 1: {loop}"].met
+    assert found[f"Llama, sampled, batches of 8: {loop}"].found == pytest.approx(5)
+    assert len(found) == len(report.bars(results)) == 11  # none for what was not measured
+    b32 = {**results["nets"][0], "name": "mlp_b32"}
+    names = {bar.what for bar in report.bars({**results, "nets": [b32], "language": None})}
+    assert {"mlp_b32, empirical: time over that of a plain forward and backward", f"mlp_b32, empirical: {loop}"} <= names
     assert len(report.bars({**results, "nets": [], "language": None})) == 0
 
 

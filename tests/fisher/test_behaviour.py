@@ -343,8 +343,12 @@ def test_square_not_finite_in_a_later_batch(num_batches: int, prefix: str) -> No
 
 
 def test_error_of_the_model_itself_is_raised() -> None:
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        estimate_fisher(models.mlp(), [torch.zeros(2, 6)])
+    model = models.mlp()
+    good = torch.zeros(2, next(m for m in model.modules() if isinstance(m, nn.Linear)).in_features)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        estimate_fisher(model, [good, torch.zeros(2, 6)])
+    if hasattr(caught.value, "add_note"):
+        assert caught.value.__notes__ == ["in batch 1 of the loader"]
 
 
 def test_out_of_memory_is_not_taken_for_a_model_that_cannot_be_vectorised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ewc_fast import ForgettingProbe
 from ewc_fast.fisher import FisherEstimator, estimate_fisher
 from tests.fisher import brute_force
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
@@ -353,6 +354,17 @@ def test_sequence_to_sequence(make: Callable[[], nn.Module], kind: str) -> None:
     batches = [sequence_pair(size) for size in (4, 3, 1)]
     info = compare(make(), batches, kind, "cross_entropy").info
     assert (info.unit, info.num_terms) == ("label", sum(int((b["labels"] != -100).sum()) for b in batches))
+
+
+@pytest.mark.parametrize("make", [t5, bart])
+def test_an_encoder_decoder_is_not_causal(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    tokens = torch.randint(1, VOCABULARY, (2, 6))
+    batch = {"input_ids": tokens, "labels": tokens.clone()}
+    with pytest.raises(ValueError, match=f"loss='causal_lm' shifts the labels by one, which {type(model).__name__}"):
+        estimate_fisher(model, [batch], loss="causal_lm")
+    with pytest.raises(ValueError, match="the model is an encoder-decoder"):
+        ForgettingProbe(model, {"input_ids": tokens, "decoder_input_ids": tokens})
 
 
 @pytest.mark.parametrize("make", [t5, bart])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ewc_fast.fisher import estimate_fisher
+from ewc_fast.fisher import FisherEstimator, estimate_fisher
 from tests.fisher import brute_force, models
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
 
@@ -221,6 +221,7 @@ def binary_batch(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "subclass": ({"loss": type("Focal", (nn.CrossEntropyLoss,), {"forward": lambda *_: None})()}, None, "loss=Focal"),
     "class_weights": ({"loss": nn.CrossEntropyLoss(weight=torch.ones(4))}, None, "class weights"),
     "pos_weight": ({"loss": nn.BCEWithLogitsLoss(pos_weight=torch.ones(4))}, None, "pos_weight"),
     "smoothed_exact": ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1), "kind": "exact"}, None, "smoothing"),
@@ -281,6 +282,39 @@ def test_positions_without_labels(kind: str) -> None:
     """Which positions count is not known."""
     with pytest.raises(ValueError, match="batch 0: .*labels.*causal_lm"):
         estimate_fisher(Tagger(), [torch.randint(ROWS, (2, TOKENS))], kind=kind)
+
+
+def test_units_do_not_mix() -> None:
+    class Both(nn.Module):
+        """Logits for each row, or for each of several positions."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x)
+
+    one = torch.randn(5, 4), torch.randint(3, (5,))
+    several = torch.randn(5, 2, 4), torch.randint(3, (5, 2))
+    for batches, message in (
+        (
+            [one, several],
+            "batch 1: this batch's labels are one per position, those before one per sample: estimate them apart",
+        ),
+        (
+            [several, one],
+            "batch 1: this batch's labels are one per sample, those before one per position: estimate them apart",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            estimate_fisher(Both(), batches, kind="empirical")
+        first = FisherEstimator(Both(), "empirical")
+        first.update(batches[0])
+        resumed = FisherEstimator(Both(), "empirical")
+        resumed.load_state_dict(first.state_dict())
+        with pytest.raises(ValueError, match="estimate them apart"):
+            resumed.update(batches[1])
 
 
 def test_exact_of_too_many() -> None:

@@ -257,21 +257,42 @@ def test_one_sample_more_than_a_block() -> None:
     assert_fisher(fisher, reference.fisher(model, [batch], "empirical"), TOLERANCE[torch.float64])
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_squares_by_several_threads(threads: int, bias: bool, dtype: torch.dtype) -> None:
-    """Of blocks that are worth more than one, the last of another length."""
-    model = nn.Sequential(nn.Linear(70, 101, bias), nn.Tanh(), nn.Linear(101, 67, bias)).to(dtype)
-    batches = [(torch.randn(2 * rules.VECTORS + 77, 70, dtype=dtype), torch.randn(2 * rules.VECTORS + 77, 67))]
+def test_squares_do_not_depend_on_the_number_of_threads(bias: bool, dtype: torch.dtype) -> None:
+    """Of blocks of several tasks (3 and 2, 1 in the last, which is shorter), which do not divide them evenly."""
+    model = nn.Sequential(nn.Linear(95, 101, bias), nn.Tanh(), nn.Linear(101, 67, bias)).to(dtype)
+    batches = [(torch.randn(2 * rules.VECTORS + 77, 95, dtype=dtype), torch.randn(2 * rules.VECTORS + 77, 67))]
     expected = reference_of_two_layers(model, *batches[0])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    before, found = torch.get_num_threads(), []
     try:
-        fisher = estimate_fisher(model, batches * 2, kind="empirical", loss="gaussian")
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(estimate_fisher(model, batches * 2, kind="empirical", loss="gaussian"))
     finally:
         torch.set_num_threads(before)
-    assert_fisher(fisher, expected, TOLERANCE[dtype])
+    for fisher in found:
+        assert fisher.info.method == "hooks"
+        assert_fisher(fisher, expected, TOLERANCE[dtype])
+        if bias:  # the products are BLAS's affair
+            assert all(torch.equal(fisher[name], found[0][name]) for name in ("0.bias", "2.bias"))
+
+
+@pytest.mark.parametrize("strided", ["sums", "input"])
+def test_sums_and_inputs_with_gaps_in_memory(strided: str, calls: list[bool]) -> None:
+    model = nn.Linear(6, 3)
+    x, labels = torch.randn(12, 6), torch.randint(3, (12,))
+    out = {"weight": torch.zeros(3, 6), "bias": torch.zeros(3)}
+    if strided == "sums":
+        out = {"weight": torch.full((3, 12), 7.0)[:, ::2], "bias": torch.full((6,), 7.0)[::2]}
+    else:
+        x = torch.randn(6, 12).t()
+    fisher = estimate_fisher(model, [(x[:5], labels[:5]), (x[5:], labels[5:])], kind="empirical", out=out)
+    assert_fisher(fisher, reference.fisher(model, [(x, labels)], "empirical"), TOLERANCE[torch.float32])
+    assert calls
+    if strided == "sums":  # what lies between is not touched
+        assert (out["bias"].as_strided((3,), (2,), 1) == 7).all()
+        assert (out["weight"].as_strided((3, 6), (12, 2), 1) == 7).all()
 
 
 def reference_of_two_layers(model: nn.Sequential, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -363,6 +384,9 @@ def test_the_direct_call_refuses_what_it_cannot_read() -> None:
         assert direct(*good[:i], bad, *good[i + 1 :]) is None
     with BaseTorchFunctionMode():
         assert direct(*good) is None
+    for i, bad in ((2, torch.ones(5, 3)), (3, torch.ones(3, 2)), (4, torch.ones(3))):
+        with pytest.raises(RuntimeError, match="sums do not fit"):
+            direct(*good[:i], bad, *good[i + 1 :])
 
 
 @pytest.mark.native
