@@ -123,9 +123,17 @@ def first(batch: Any, count: int) -> Any:
 
 def expected_samples(loader: Iterable[Any], num_samples: int | None) -> int | None:
     """The progress bar's total: None where it is not known."""
-    dataset = getattr(loader, "dataset", None)
-    sizes = [num_samples, len(dataset) if isinstance(dataset, Sized) else None]
-    return min((size for size in sizes if size is not None), default=None)
+    found = None
+    if isinstance(loader, (list, tuple)):
+        try:
+            found = sum(map(batch_size, loader))
+        except (TypeError, ValueError):  # which the estimate will name
+            return num_samples
+    elif isinstance(drawn := getattr(loader, "sampler", getattr(loader, "dataset", None)), Sized):
+        found, size = len(drawn), getattr(loader, "batch_size", None)
+        if getattr(loader, "drop_last", False) and size:
+            found -= found % size
+    return min((size for size in (num_samples, found) if size is not None), default=None)
 
 
 def warn_of_few(num_samples: int | None, found: int) -> None:

@@ -389,7 +389,10 @@ def test_bars(results):
     assert len(found) == len(report.bars(results)) == 11  # none for what was not measured
     b32 = {**results["nets"][0], "name": "mlp_b32"}
     names = {bar.what for bar in report.bars({**results, "nets": [b32], "language": None})}
-    assert {"mlp_b32, empirical: time over that of a plain forward and backward", f"mlp_b32, empirical: {loop}"} <= names
+    assert {
+        "mlp_b32, empirical: time over that of a plain forward and backward",
+        f"mlp_b32, empirical: {loop}",
+    } <= names
     assert len(report.bars({**results, "nets": [], "language": None})) == 0
 
 

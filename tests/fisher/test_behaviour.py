@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from ewc_fast.fisher import FisherDiagonal, FisherInfo, estimate_fisher, fallback
 from tests.fisher import models
@@ -187,6 +187,13 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     assert "10/10" in capsys.readouterr().err
     estimate_fisher(models.mlp(), data, progress=True, num_samples=6)
     assert "6/6" in capsys.readouterr().err
+    halves = [batch(4), batch(3)]
+    subset = DataLoader(TensorDataset(*batch(10)), batch_size=2, sampler=SubsetRandomSampler([0, 3, 5, 7, 9]))
+    dropping = DataLoader(TensorDataset(*batch(10)), batch_size=4, drop_last=True)
+    for loader, total in ((halves, 7), (tuple(halves), 7), (subset, 5), (dropping, 8), (iter(halves), None)):
+        estimate_fisher(models.mlp(), loader, progress=True)
+        said = capsys.readouterr().err
+        assert f"{total}/{total}" in said if total else ("7sample" in said and "/7" not in said), said
 
 
 class Constant(nn.Module):
