@@ -95,6 +95,8 @@ class FisherEstimator:
         self._often: set[str] = set()
         self._native: dict[tuple[str | None, str | None], tuple[Tensor, Tensor | None]] = {}
         self._vectorised = self._changes_inputs = True  # until a call has shown that they need not be copied
+        self._why_uncovered: str | None = None
+        self._said_why_uncovered = False
         self._reentrant = False  # until a parameter is used with grad disabled, as in reentrant checkpoints
         self._methods: set[str] = set()
         self.num_samples = self.num_terms = self._largest = self._batches = 0
@@ -320,11 +322,23 @@ class FisherEstimator:
             self._look(batch, size)
         for _ in range(_MAX_LOOKS + len(self._params)):
             try:
-                return self._add_captured(batch, size)
+                terms = self._add_captured(batch, size)
             except StatusChanged:
                 self._read_model()
                 self._look(batch, size)
+            else:
+                self._say_why_uncovered()
+                return terms
         raise RuntimeError("the model uses its parameters differently at every call: give it batches of one sample")
+
+    def _say_why_uncovered(self) -> None:
+        if self._why_uncovered is not None and not self._said_why_uncovered:
+            self._said_why_uncovered = True
+            warnings.warn(
+                f"{type(self._model).__name__} cannot run on a few samples of a batch ({self._why_uncovered}), which "
+                "would tell where they lie; all its per-sample gradients are taken by torch.func, which is slower",
+                stacklevel=2,
+            )
 
     def _capture(self, leaves: dict[str, Tensor], size: int, *, once: bool, looking: bool) -> Capture:
         known = self._status, self._embedded, self._often, self._native
@@ -372,7 +386,9 @@ class FisherEstimator:
                 capture.backward(z, noise * factors.to(z.dtype).view(-1, *[1] * (z.dim() - 1)), again=False)
         except torch.OutOfMemoryError:
             raise
-        except (StatusChanged, RuntimeError, ValueError, TypeError, IndexError):  # not to be run in this way
+        except (StatusChanged, RuntimeError, ValueError, TypeError, IndexError) as error:  # not to be run in this way
+            if not isinstance(error, StatusChanged):
+                self._why_uncovered = str(error).strip().split("\n")[0]
             self._was_without_graph(capture)
             self._status.update(dict.fromkeys(self._params, UNCOVERED))
             return {}

@@ -179,6 +179,29 @@ def test_info_survives_json() -> None:
             FisherInfo.from_dict(wrong)
 
 
+def test_a_model_that_takes_whole_batches_only_is_said_once() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = models.mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] not in (1, 6):  # under vmap one at a time
+                raise ValueError(f"six samples, not {x.shape[0]}")
+            return self.inner(x)
+
+    model = Whole()
+    batches = [batch(6) for _ in range(3)]
+    with pytest.warns(
+        UserWarning, match=r"Whole cannot run on a few samples of a batch \(six samples, not 4\)"
+    ) as said:
+        fisher = estimate_fisher(model, batches, kind="empirical")
+    assert len(said) == 1 and fisher.info is not None and fisher.info.method == "vmap"
+    expected = estimate_fisher(model.inner, batches, kind="empirical")
+    for name, values in expected.items():
+        torch.testing.assert_close(fisher[f"inner.{name}"], values, rtol=1e-5, atol=1e-8)
+
+
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     data = DataLoader(TensorDataset(*batch(10)), batch_size=4)
     estimate_fisher(models.mlp(), data)
