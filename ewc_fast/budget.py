@@ -344,6 +344,8 @@ def _not_nan(forgetting: float) -> float:
 
 def _positive(name: str, value: float, remedy: str) -> float:
     try:
+        if isinstance(value, (bool, str)):  # of which float() makes numbers
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a number, got {value!r}") from error

@@ -355,6 +355,8 @@ def test_damaged_state(entry: str, value: Any) -> None:
         ({"max_forgetting": math.nan}, ValueError, "max_forgetting must be finite"),
         ({"max_forgetting": math.inf}, ValueError, "max_forgetting must be finite"),
         ({"max_forgetting": "much"}, TypeError, "max_forgetting must be a number, got 'much'"),
+        ({"max_forgetting": "0.1"}, TypeError, "max_forgetting must be a number, got '0.1'"),
+        ({"max_forgetting": True}, TypeError, "max_forgetting must be a number, got True"),
         ({"every": 0}, ValueError, "every must be a positive integer, got 0"),
         ({"every": 2.0}, ValueError, "every must be a positive integer, got 2.0"),
         ({"every": True}, ValueError, "every must be a positive integer, got True"),
