@@ -25,9 +25,9 @@ bool are_rows(const at::Tensor& t) { return t.is_cpu() && t.dim() == 2 && t.is_c
 template <typename M>
 void square_rows(const at::Tensor& g, at::Tensor& g_squared, const at::Tensor& x, at::Tensor& x_squared,
                  const at::Tensor& bias) {
-  constexpr int64_t kEach = 16384;  // numbers that are worth a thread; of a task, whatever the threads, as sums depend on it
+  constexpr int64_t kEach = 16384, kMost = 16;  // numbers of a task; tasks, whatever the threads, for sums depend on them
   const int64_t rows = g.size(0), width = g.size(1), x_width = x.size(1);
-  const int64_t tasks = std::max<int64_t>(rows * (width + x_width) / kEach, 1);
+  const int64_t tasks = std::clamp<int64_t>(rows * (width + x_width) / kEach, 1, std::min<int64_t>(rows, kMost));
   std::vector<double> sums(bias.defined() ? tasks * width : 0, 0.0);
   const M *from = g.const_data_ptr<M>(), *x_from = x.const_data_ptr<M>();
   M *to = g_squared.mutable_data_ptr<M>(), *x_to = x_squared.mutable_data_ptr<M>();
@@ -46,11 +46,10 @@ void square_rows(const at::Tensor& g, at::Tensor& g_squared, const at::Tensor& x
   });
   if (!bias.defined()) return;
   M* total = bias.mutable_data_ptr<M>();
-  for (int64_t i = 0; i < width; ++i) {
-    double sum = 0;
-    for (int64_t task = 0; task < tasks; ++task) sum += sums[task * width + i];
-    total[i] += static_cast<M>(sum);
+  for (int64_t task = 1; task < tasks; ++task) {
+    for (int64_t i = 0; i < width; ++i) sums[i] += sums[task * width + i];
   }
+  for (int64_t i = 0; i < width; ++i) total[i] += static_cast<M>(sums[i]);
   bias.unsafeGetTensorImpl()->bump_version();
 }
 

@@ -82,7 +82,7 @@ class EWCBudget:
         max_forgetting: The budget; may be set at any time.
         every: Steps between two measurements.
         max_lambda: Where lambda ends.
-        probe_every: Measurements for one of the probe.
+        probe_every: Of how many measurements one asks the probe (in the frameworks' callbacks it counts steps).
 
     Raises:
         TypeError: ``ewc`` is no EWCLoss, ``probe`` cannot be called, a number is no number.
@@ -131,7 +131,7 @@ class EWCBudget:
 
     @property
     def forgetting(self) -> float:
-        """The newest measurement: since the last consolidate, nats; 0.0 before the first. None that was scaled."""
+        """The newest measurement, no scaled prediction: since the last consolidate, nats; 0.0 before the first."""
         return next((m.forgetting for m in reversed(self._measurements) if m.measured), 0.0)
 
     @property
@@ -201,7 +201,8 @@ class EWCBudget:
             forgetting = self._look() - self._baseline
             if self.probe_every != 1:
                 predicted = self._predicted()
-                self._per_predicted = forgetting / predicted if predicted > 0 and forgetting > 0 else None
+                ratio = forgetting / predicted if predicted > 0 else 0.0
+                self._per_predicted = ratio if 0 < ratio < math.inf else None
         else:
             assert self._per_predicted is not None
             forgetting = self._per_predicted * _not_nan(self._predicted())
@@ -252,7 +253,9 @@ class EWCBudget:
         return min(max(self.ewc.ewc_lambda, _SMALLEST_LAMBDA) * math.exp(move), self.max_lambda)
 
     def _say_what_is_wrong(self) -> None:
-        recent = self._measurements[-_STUCK:]
+        if not self._measurements[-1].measured:
+            return
+        recent = [m for m in self._measurements if m.measured][-_STUCK:]
         lowest = min(m.forgetting for m in recent)
         if (
             len(recent) == _STUCK

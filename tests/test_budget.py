@@ -252,6 +252,25 @@ def test_between_two_of_the_probe_s_the_prediction_is_scaled_to_the_last(monkeyp
         run(budget, 2)
 
 
+@pytest.mark.parametrize(("said", "predicted"), [(math.inf, 1.0), (0.5, math.inf)])
+def test_a_ratio_that_is_no_number_scales_nothing(
+    said: float, predicted: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = Scripted(said, 0.5, 0.5)
+    budget = EWCBudget(penalty(), 1.0, probe, every=1, probe_every=10)
+    monkeypatch.setattr(budget, "_predicted", lambda: predicted)
+    run(budget, 2)
+    assert [m.measured for m in budget.measurements] == [True, True] and probe.calls == 3
+
+
+def test_scaled_predictions_are_no_reason_to_give_up() -> None:
+    ewc = penalty(100.0)
+    with torch.no_grad():
+        ewc.model.weight += 1
+    budget = EWCBudget(ewc, 0.1, Scripted(3.0, 3.0), every=1, max_lambda=200.0, probe_every=10)
+    run(budget, 10)  # a warning would be an error: one measurement is not four
+
+
 def test_without_anything_to_scale_the_probe_is_asked() -> None:
     probe = Scripted(0.0, -0.1, 0.0, 0.5)
     ewc = penalty()

@@ -115,11 +115,16 @@ def test_all_stages_pass(tools: Path, tmp_path: Path) -> None:
     assert all(name in text for name in STAGES)
     assert (out / "results.json").exists() and (out / "sanitizer-racecheck.log").exists()
     assert "|cuda|setup.py egg_info build_ext --inplace" in log
-    assert re.search(r"-m gpu .*tests/ops/test_devices\.py.* -n 4$", log, re.MULTILINE)
+    assert re.search(r"-p no:benchmark -m gpu .*tests/ops/test_devices\.py.* -n 4$", log, re.MULTILINE)
     assert "bench --optimizers --device cuda --workload llama_1b" in log
     assert "--device cuda --workloads gpt2_small,llama_1b --steps" in log
     for tool in ("memcheck", "racecheck", "initcheck"):
         assert f"[1] --tool {tool} --error-exitcode 9" in log
+
+
+def test_without_xdist_the_tests_run_one_by_one(tools: Path, tmp_path: Path) -> None:
+    _, log = run(tools, tmp_path, FAKE_NO_XDIST="1")
+    assert outcomes(tmp_path)["tests-gpu"] == "passed" and " -n 4" not in log
 
 
 def test_the_checkout_is_not_built_in(tools: Path, tmp_path: Path) -> None:

@@ -129,10 +129,13 @@ def expected_samples(loader: Iterable[Any], num_samples: int | None) -> int | No
             found = sum(map(batch_size, loader))
         except (TypeError, ValueError):  # which the estimate will name
             return num_samples
-    elif isinstance(drawn := getattr(loader, "sampler", getattr(loader, "dataset", None)), Sized):
-        found, size = len(drawn), getattr(loader, "batch_size", None)
-        if getattr(loader, "drop_last", False) and size:
-            found -= found % size
+    else:
+        size = getattr(loader, "batch_size", None)
+        places = [getattr(loader, "sampler", None)] if size else []  # with a batch sampler of one's own it says nothing
+        sized = [place for place in (*places, getattr(loader, "dataset", None)) if isinstance(place, Sized)]
+        if sized and (size or not hasattr(loader, "batch_sampler")):
+            found = len(sized[0])
+            found -= found % size if size and getattr(loader, "drop_last", False) else 0
     return min((size for size in (num_samples, found) if size is not None), default=None)
 
 

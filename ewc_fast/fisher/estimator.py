@@ -336,8 +336,8 @@ class FisherEstimator:
             self._said_why_uncovered = True
             warnings.warn(
                 f"{type(self._model).__name__} cannot run on a few samples of a batch ({self._why_uncovered}), which "
-                "would tell where they lie; all its per-sample gradients are taken by torch.func, which is slower",
-                stacklevel=2,
+                "would tell where they lie; the per-sample gradients are taken without layers' rules, which is slower",
+                stacklevel=5,
             )
 
     def _capture(self, leaves: dict[str, Tensor], size: int, *, once: bool, looking: bool) -> Capture:
@@ -375,10 +375,12 @@ class FisherEstimator:
         buffers = {name: b.clone() for name, b in self._buffers.items()}
         leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
         capture = self._capture(leaves, few, once=False, looking=True)
+        looked = False
         try:
             with self._swapped(leaves):
                 with capture:
                     z = self._output(part)
+                looked = True
                 noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z.device, z.dtype)
                 capture.backward(z, noise, again=True)
                 factors = 2.0 ** torch.arange(few, device=z.device)
@@ -387,7 +389,7 @@ class FisherEstimator:
         except torch.OutOfMemoryError:
             raise
         except (StatusChanged, RuntimeError, ValueError, TypeError, IndexError) as error:  # not to be run in this way
-            if not isinstance(error, StatusChanged):
+            if not isinstance(error, StatusChanged) and not looked:
                 self._why_uncovered = str(error).strip().split("\n")[0]
             self._was_without_graph(capture)
             self._status.update(dict.fromkeys(self._params, UNCOVERED))

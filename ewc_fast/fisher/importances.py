@@ -316,7 +316,7 @@ def mas_importance(
     The model is in evaluation mode meanwhile; its training flags, buffers and gradients are left as they were.
     Gradients are vectorised over samples with :func:`torch.func.vmap`; a model that does not allow it runs sample by
     sample after a warning, and ``info.method`` says so. Absolute values of sums over positions have no product form, so
-    that this costs what vmap does, several times a Fisher of the same batches.
+    this costs as much as vmap, several times a Fisher of the same batches.
 
     Args:
         model: Treats the samples of a batch independently; returns a tensor (B, ...), or an object or mapping with

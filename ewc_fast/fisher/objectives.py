@@ -19,6 +19,7 @@ _GIVEN = frozenset({"empirical", "reversed", "batch"})
 EXACT_BACKWARDS = 4096  # of one batch
 _TELLING, _ALIKE = 8, 0.9  # so many labels, of which such a share equals the input, are no chance
 _PER = {"sample": "sample", "label": "position"}  # what has a label of its own, by the unit
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
 _NOT_CAUSAL = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification")
 
 Transform = Callable[[Tensor], Tensor]
@@ -132,6 +133,14 @@ class Objective(ABC):
         return labels
 
 
+def _keeps_labels(model: nn.Module) -> bool:
+    """Whether a model of transformers compares its logits with the labels as they are, not shifted by one."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
+        return True  # it shifts what its decoder reads
+    names = [base.__name__ for base in type(model).__mro__]
+    return any(n.endswith(_NOT_CAUSAL) for n in names) and not any(n.endswith(_CAUSAL) for n in names)
+
+
 class CrossEntropy(Objective):
     """A categorical distribution over the last dimension, one label per sample or per position."""
 
@@ -183,14 +192,12 @@ class CrossEntropy(Objective):
             )
         if z.dim() != 3 or labels is None:
             return
-        names = [base.__name__ for base in type(model).__mro__]
-        if any(name.endswith(_NOT_CAUSAL) for name in names):
+        if _keeps_labels(model):
             return
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
-            return  # the model shifts what its decoder reads, not the labels
+        names = [base.__name__ for base in type(model).__mro__]
         call = take_apart(batch)
         ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
-        causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+        causal = any(name.endswith(_CAUSAL) for name in names)
         if isinstance(ids, Tensor) and ids.shape == labels.shape:
             same = (labels == ids)[labels != self.ignore_index]
             causal = causal or (len(same) >= _TELLING and float(same.float().mean()) >= _ALIKE)
@@ -317,9 +324,7 @@ class CausalLM(CrossEntropy):
         return z[:, :-1]
 
     def target(self, model: nn.Module, z: Tensor, batch: Any) -> Target:
-        config = getattr(model, "config", None)
-        names = [base.__name__ for base in type(model).__mro__]
-        if getattr(config, "is_encoder_decoder", False) is True or any(n.endswith(_NOT_CAUSAL) for n in names):
+        if _keeps_labels(model):
             raise ValueError(
                 f"loss='causal_lm' shifts the labels by one, which {type(model).__name__} does not do: use "
                 "loss='cross_entropy'"

@@ -12,7 +12,7 @@ from ewc_fast.budget import EWCBudget
 from ewc_fast.checks import check_count
 from ewc_fast.forgetting import ForgettingProbe
 from ewc_fast.integrations import check_budget, install_command
-from ewc_fast.integrations.ranks import check_same_on_all
+from ewc_fast.integrations.ranks import check_same_on_all, share_lambda
 from ewc_fast.loss import EWCLoss
 from ewc_fast.optim.attach import AttachHandle, Attachment, check_coupling
 
@@ -159,8 +159,8 @@ class EWCCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Counts the step for the budget, and logs."""
-        if self.budget is not None and trainer.global_step > self._steps:
-            self.budget.step()
+        if self.budget is not None and trainer.global_step > self._steps and self.budget.step() is not None:
+            share_lambda(self.ewc)
         self._steps = trainer.global_step
         for name, value in (self.budget or self.ewc).logs().items():
             pl_module.log(name, value)
@@ -197,12 +197,13 @@ class EWCCallback(Callback):
         """
         if self._stage != "fit":
             return
+        if state_dict.keys() != {"ewc", "budget"}:
+            raise ValueError("ckpt_path: the checkpoint holds no state of this EWCCallback")
         self.ewc.load_state_dict(state_dict["ewc"])
         if self.budget is not None and state_dict["budget"] is not None:
             self.budget.load_state_dict(state_dict["budget"])
-        elif self.budget is not None:
-            warnings.warn(
-                "ckpt_path: the checkpoint was saved without a budget: it starts anew, with the present lambda, "
-                f"{self.ewc.ewc_lambda:g}",
-                stacklevel=2,
+        elif self.budget is not None or state_dict["budget"] is not None:
+            without = (
+                "the checkpoint was saved without a budget" if self.budget else "the checkpoint's budget is left out"
             )
+            warnings.warn(f"ckpt_path: {without}: lambda is what it is now, {self.ewc.ewc_lambda:g}", stacklevel=2)

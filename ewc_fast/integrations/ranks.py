@@ -48,3 +48,15 @@ def check_same_on_all(ewc: EWCLoss) -> None:
             f"ewc: {', '.join(differing)} differ among the processes, whose models would drift apart: consolidate in "
             "one process, ewc.save(...), and ewc.load(...) in all of them"
         )
+
+
+def share_lambda(ewc: EWCLoss) -> None:
+    """Gives every process the first one's lambda, which each may have set by a probe of its own.
+
+    As :func:`check_same_on_all`, all processes must call it.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return
+    shared = torch.tensor(float(ewc.ewc_lambda), dtype=torch.float64, device=next(ewc.model.parameters()).device)
+    distributed.broadcast(shared, 0)
+    ewc.ewc_lambda = float(shared)

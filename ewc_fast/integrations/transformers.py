@@ -21,7 +21,7 @@ from ewc_fast.budget import EWCBudget
 from ewc_fast.checks import check_count
 from ewc_fast.fisher import estimate_fisher
 from ewc_fast.integrations import check_budget, install_command
-from ewc_fast.integrations.ranks import check_same_on_all
+from ewc_fast.integrations.ranks import check_same_on_all, share_lambda
 from ewc_fast.layout import unwrapped
 from ewc_fast.loss import EWCLoss
 from ewc_fast.optim.attach import AttachHandle, Attachment, check_coupling
@@ -200,7 +200,8 @@ class EWCCallback(TrainerCallback):
         """Counts the step for the budget."""
         if self.budget is not None and self._trainer is not None:
             with _detached_on_error(self._trainer), _own_precision(self._trainer.model):
-                self.budget.step()
+                if self.budget.step() is not None:
+                    share_lambda(self.ewc)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Adds to what is logged with the loss."""

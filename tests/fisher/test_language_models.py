@@ -367,6 +367,15 @@ def test_an_encoder_decoder_is_not_causal(make: Callable[[], nn.Module]) -> None
         ForgettingProbe(model, {"input_ids": tokens, "decoder_input_ids": tokens})
 
 
+def test_an_encoder_decoder_may_be_a_classifier() -> None:
+    config = bart().config
+    config.num_labels = 3
+    model = transformers.BartForSequenceClassification(config)
+    tokens = torch.randint(3, VOCABULARY, (4, 6))
+    tokens[:, -1] = config.eos_token_id
+    assert ForgettingProbe(model, {"input_ids": tokens})() == 0
+
+
 @pytest.mark.parametrize("make", [t5, bart])
 def test_decoder_inputs_from_labels(make: Callable[[], nn.Module]) -> None:
     """As a data collator gives them: the model makes its decoder's inputs from the labels."""

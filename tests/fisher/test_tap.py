@@ -257,6 +257,7 @@ def test_one_sample_more_than_a_block() -> None:
     assert_fisher(fisher, reference.fisher(model, [batch], "empirical"), TOLERANCE[torch.float64])
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_squares_do_not_depend_on_the_number_of_threads(bias: bool, dtype: torch.dtype) -> None:
@@ -268,7 +269,11 @@ def test_squares_do_not_depend_on_the_number_of_threads(bias: bool, dtype: torch
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(estimate_fisher(model, batches * 2, kind="empirical", loss="gaussian"))
+            estimator = FisherEstimator(model, "empirical", "gaussian")
+            for batch in batches * 2:
+                estimator.update(batch)
+            assert len(estimator._native) == 2  # tapped in C++
+            found.append(estimator.result())
     finally:
         torch.set_num_threads(before)
     for fisher in found:
@@ -276,6 +281,15 @@ def test_squares_do_not_depend_on_the_number_of_threads(bias: bool, dtype: torch
         assert_fisher(fisher, expected, TOLERANCE[dtype])
         if bias:  # the products are BLAS's affair
             assert all(torch.equal(fisher[name], found[0][name]) for name in ("0.bias", "2.bias"))
+
+
+def test_a_head_of_more_columns_than_are_worth_a_thread() -> None:
+    model, (x, y) = nn.Linear(3, 20_000).double(), torch.randn(2, 5, 3, dtype=torch.float64).unbind()
+    target = y.sum(1, keepdim=True).expand(5, 20_000)
+    fisher = estimate_fisher(model, [(x, target)] * 2, kind="empirical", loss="gaussian")
+    g = model(x).detach() - target
+    torch.testing.assert_close(fisher["bias"], g.square().mean(0))
+    torch.testing.assert_close(fisher["weight"], g.square().t() @ x.square() / 5)
 
 
 @pytest.mark.parametrize("strided", ["sums", "input"])

@@ -433,7 +433,7 @@ def test_a_budget_sets_lambda_and_is_resumed(tmp_path: Path) -> None:
     without.fit(module_3, loader(data))
     without.save_checkpoint(tmp_path / "without.ckpt")
     module_4, _, callback_4 = make()
-    with pytest.warns(UserWarning, match="the checkpoint was saved without a budget: .* lambda, 3"):
+    with pytest.warns(UserWarning, match="the checkpoint was saved without a budget: lambda is what it is now, 3"):
         trainer(callback_4).fit(module_4, loader(data), ckpt_path=tmp_path / "without.ckpt", weights_only=True)
 
 

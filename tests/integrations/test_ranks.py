@@ -9,7 +9,7 @@ import torch
 from torch import distributed, multiprocessing, nn
 
 from ewc_fast import EWCLoss
-from ewc_fast.integrations.ranks import check_same_on_all
+from ewc_fast.integrations.ranks import check_same_on_all, share_lambda
 
 CASES = {
     "same": {},
@@ -41,12 +41,15 @@ def in_a_process(rank: int, store: str, found: str) -> None:
             except ValueError as error:
                 message = str(error).split(" differ among the processes")[0]
             file.write(f"{name}: {message}\n")
+        ewc = penalty(1.0 + rank)
+        share_lambda(ewc)
+        file.write(f"shared: {ewc.ewc_lambda}\n")
     distributed.destroy_process_group()
 
 
 def test_every_process_is_told_what_differs(tmp_path: Path) -> None:
     multiprocessing.spawn(in_a_process, (str(tmp_path / "store"), str(tmp_path / "found")), nprocs=2)
-    expected = "same: \nrounding: \nlambda: ewc: lambda\nFisher: ewc: Fisher\nanchor: ewc: anchor\n"
+    expected = "same: \nrounding: \nlambda: ewc: lambda\nFisher: ewc: Fisher\nanchor: ewc: anchor\nshared: 30.0\n"
     assert [(tmp_path / f"found.{rank}").read_text() for rank in range(2)] == [expected, expected]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -109,15 +110,17 @@ def test_deepspeed(stage: int, how: str, said: str, tmp_path: Path) -> None:
     model = small_model()
     ewc, batches = penalty(model), [(torch.randn(4, 8), torch.randint(3, (4,))) for _ in range(5)]
     torch.save(batches, tmp_path / "file")
-    environment = dict(
-        os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(29600 + stage)
-    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = dict(os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=port)
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(DEEPSPEED), str(stage), how, str(tmp_path / "file")],
         cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert ran.returncode == 0, ran.stderr
     heard, weights = torch.load(tmp_path / "file")
