@@ -272,13 +272,19 @@ def where(results: Results) -> str:
     return f"{processor}, {machine['system']}, torch {versions['torch']}, {kernel}"
 
 
+def _rounds(results: Results) -> str:
+    """How many, of the models up to 60M parameters and of the larger ones."""
+    most, *fewer = sorted({w["rounds"] for w in results["workloads"]}, reverse=True)
+    return f"{most} rounds" + "".join(f", {rounds} for larger models" for rounds in fewer)
+
+
 def performance_section(results: Results) -> str:
     """Everything, as Markdown. Every number in it is in the results."""
     main = main_workload(results)
     parts = [
         f"Measured {results['date']} on {where(results)}, with "
-        f"`{results['command']}`: every peer in one process, interleaved, caches cold, medians of {main['rounds']} "
-        "rounds, of a third of them for models from 60M parameters on (in brackets the 10th and 90th percentile). "
+        f"`{results['command']}`: every peer in one process, interleaved, caches cold, medians of {_rounds(results)} "
+        "(in brackets the 10th and 90th percentile). "
         "Before it is timed, each one's gradient and value are compared with the formula in fp64. Bytes are those that "
         "the peer's ops read and write per parameter.",
         f"**{main['description']}: {_millions(main)} {main['dtype']} parameters in {main['tensors']:,} tensors**",
@@ -291,7 +297,10 @@ def performance_section(results: Results) -> str:
             "**Against the bars** (times faster; both sides from this run)",
             markdown(
                 ["", "measured", "bar", "aim"],
-                [[what, f"{found:.2f}x", f"{bar.bar:g}x", f"{bar.aim:g}x"] for bar, what, found in measured],
+                [
+                    [f"{bar.workload}: {what}", f"{found:.2f}x", f"{bar.bar:g}x", f"{bar.aim:g}x"]
+                    for bar, what, found in measured
+                ],
             ),
         ]
     others = [w for w in results["workloads"] if w is not main]

@@ -115,7 +115,10 @@ def test_section(results):
     assert results["machine"]["cpu"] in told and results["versions"]["torch"] in told
     assert "(`eager`) | 30.0 (" in told and "(`op_penalty`)" not in told
     assert "| `compile_eager` | skipped: no compiler |" in told
-    assert "| level 2 against eager | 7.50x | 5x | 12x |" in told
+    assert "| gpt2_48m: level 2 against eager | 7.50x | 5x | 12x |" in told
+    larger = copy.deepcopy(results)
+    larger["workloads"][1]["rounds"] = 1
+    assert "medians of 2 rounds, 1 for larger models (in" in report.performance_section(larger)
     assert "| another, 600k in 2 |" in told  # other models
     assert "| 600k |" in told  # growth
     assert "Llama 2 7B, 6.7B in 291 | 100.4 GiB | 3712 |" in told and "predicted" in told
