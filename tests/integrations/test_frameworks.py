@@ -20,6 +20,7 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "frameworks.md"
 SNIPPETS = {
     title: re.findall(r"^```python\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
     for title, section in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    if "```" in section
 }
 NEEDS = {"Lightning": "lightning", "Accelerate": "accelerate", "Avalanche": "avalanche"}
 
