@@ -66,26 +66,12 @@ def step(params: list[Tensor], grads: list[Tensor], q: FlatQuadratic) -> None:
     penalised = StepQuadratic(q.strides, q.anchor, q.fisher, q.offsets, q.ewc_lambda, q.delta)
     counts = [torch.tensor(1.0).to(device) for _ in params]
     rates = torch.tensor([[0.1, 1.0, 1.0, 1e-8]] * len(params), dtype=torch.float64).to(device)
-    seed = 1 if params[0].dtype == torch.bfloat16 else -1
+    adamw = steps.AdamWOptions(1e-3, 0.9, 0.99, 1e-8, 0.1, False)
+    sgd = steps.SGDOptions(1e-3, 0.9, 0, 0, True, False)
+    rounding = {"seed": 1, "ordinals": range(len(params))} if params[0].dtype == torch.bfloat16 else {}
     for proximal in (False, True):
-        adamw, sgd = (
-            steps.AdamWOptions(1e-3, 0.9, 0.99, 1e-8, 0.1, False),
-            steps.SGDOptions(1e-3, 0.9, 0, 0, True, False),
-        )
-        steps.adamw_(
-            params,
-            grads,
-            moments(),
-            moments(),
-            [],
-            counts,
-            penalised,
-            adamw,
-            proximal=proximal,
-            seed=seed,
-            ordinals=range(len(params)) if seed >= 0 else (),
-            backend="native",
-        )
+        states = (moments(), moments(), [], counts)
+        steps.adamw_(params, grads, *states, penalised, adamw, proximal=proximal, backend="native", **rounding)
         result = steps.sgd_(params, grads, moments(), penalised, sgd, proximal=proximal, backend="native")
         print("steps", result.penalty.item())
     print("pull", steps.proximal_(params, moments(), penalised, rates, backend="native").penalty.item())

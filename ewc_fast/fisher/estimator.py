@@ -17,7 +17,7 @@ from ewc_fast.fisher.capture import SILENT, UNCOVERED, Capture, StatusChanged, U
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.fisher.fallback import NotVectorised, add_in_loop, add_vectorised
 from ewc_fast.fisher.modes import module_mode
-from ewc_fast.fisher.objectives import CrossEntropy, Objective, Target, make_objective
+from ewc_fast.fisher.objectives import Objective, Target, make_objective
 from ewc_fast.layout import select_parameters, unwrapped
 from ewc_fast.ops.fisher import fisher_accumulate_
 
@@ -576,8 +576,7 @@ class FisherEstimator:
         for name, total in self._sums.items():
             total.copy_(state["sums"][name])
         self._objective.unit = state["unit"]
-        if isinstance(self._objective, CrossEntropy):
-            self._objective.unit_is_known = num_samples > 0
+        self._objective.unit_is_known = num_samples > 0
         self.num_samples, self.num_terms, self._largest, self._batches = num_samples, num_terms, largest, batches
         self._checked = 0
         self._methods = set(state["methods"])

@@ -88,6 +88,7 @@ class Objective(ABC):
 
     def __init__(self, kind: str, transform: Transform | None, draws: int) -> None:
         self.kind, self.transform, self.draws = kind, transform, draws
+        self.unit_is_known = False  # from the first batch on
 
     @property
     def once(self) -> bool:
@@ -151,7 +152,6 @@ class CrossEntropy(Objective):
     ) -> None:
         super().__init__(kind, transform, draws)
         self.ignore_index, self.smoothing = ignore_index, smoothing
-        self.unit_is_known = False
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "ignore_index": self.ignore_index, "label_smoothing": self.smoothing}
@@ -166,8 +166,8 @@ class CrossEntropy(Objective):
                 f"this batch's labels are one per {_PER[unit]}, those before one per {_PER[self.unit]}: estimate them "
                 "apart, for their units differ"
             )
+        self.unit, self.unit_is_known = unit, True
         if z.dim() == 2:
-            self.unit_is_known = True
             if self.kind not in _GIVEN:
                 return Target(None, None, size)  # unlabelled data will do, whatever stands for a missing label
             assert labels is not None
@@ -177,7 +177,6 @@ class CrossEntropy(Objective):
                 f"the logits have shape {tuple(z.shape)}, so labels (batch, positions) are needed to say which "
                 "positions count (-100 does not); for a causal language model use loss='causal_lm'"
             )
-        self.unit, self.unit_is_known = unit, True
         return self._given(z, labels, tuple(z.shape[:-1]))
 
     def _check_logits(self, model: nn.Module, z: Tensor, size: int, labels: Tensor | None, batch: Any) -> None:
@@ -463,9 +462,8 @@ def make_objective(kind: str, loss: Any, transform: Transform | None, draws: int
     check_count(draws, "num_label_samples")
     if draws != 1 and kind != "sampled":
         raise ValueError(f"num_label_samples={draws} has a meaning for kind='sampled' only; kind is {kind!r}")
-    if isinstance(loss, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)):
-        base = nn.CrossEntropyLoss if isinstance(loss, nn.CrossEntropyLoss) else nn.BCEWithLogitsLoss
-        if type(loss).forward is not base.forward:
+    for base in (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss):
+        if isinstance(loss, base) and type(loss).forward is not base.forward:
             raise ValueError(
                 f"loss={type(loss).__name__} computes something else than {base.__name__}: give loss= a "
                 "callable(model, batch) that returns a loss for each sample"

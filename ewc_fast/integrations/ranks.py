@@ -11,6 +11,10 @@ from ewc_fast.loss import EWCLoss
 TOLERANCE = 1e-5  # of the sum of the tensors' norms: estimates of the same data on two GPUs differ by rounding
 
 
+def _is_alone() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
+
+
 def check_same_on_all(ewc: EWCLoss) -> None:
     """Raises, in every process, unless all have the same penalty: DDP averages gradients, but nothing averages what the
     penalty does after it, and the models would drift apart.
@@ -20,7 +24,7 @@ def check_same_on_all(ewc: EWCLoss) -> None:
     Raises:
         ValueError: Fisher, anchor, lambda or damping differ.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if _is_alone():
         return
     device = next(ewc.model.parameters()).device
     mine = torch.tensor(
@@ -55,7 +59,7 @@ def share_lambda(ewc: EWCLoss) -> None:
 
     As :func:`check_same_on_all`, all processes must call it.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if _is_alone():
         return
     shared = torch.tensor(float(ewc.ewc_lambda), dtype=torch.float64, device=next(ewc.model.parameters()).device)
     distributed.broadcast(shared, 0)

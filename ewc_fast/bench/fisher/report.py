@@ -58,12 +58,13 @@ def bars(results: Results) -> list[Bar]:
             if way["group"] != OURS:
                 continue
             kind, about = way["kind"], f"{net['name']}, {way['kind']}"
+            model = net["name"].split("_b")[0]  # without the batch size
             single = kind in ("empirical", "sampled")  # one backward per sample, as in training
-            if single and (limits := _TIMES_PLAIN.get(net["name"].split("_b")[0])) is not None:
+            if single and (limits := _TIMES_PLAIN.get(model)) is not None:
                 bar, aim = limits
                 ratio = over(way, ways[BASELINE])
                 found.append(Bar(f"{about}: time over that of a plain forward and backward", *ratio, bar, aim, True))
-            if single and net["name"].split("_b")[0] == MAIN and "loop" in ways:
+            if single and model == MAIN and "loop" in ways:
                 ratio = over(ways["loop"], way)
                 found.append(Bar(f"{about}: times as fast as the loop of batch size 1", *ratio, 10, 20, False))
             theirs = [w for w in net["ways"] if w["group"] == PUBLISHED and w["kind"] == kind]
