@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         measured = [report.performance_section(results)]
         if steps.exists():
             measured += ["**The optimizers**", optimizers.section(optimizers.read_json(steps))]
+        if fisher.exists():
+            language = fisher_report.read_json(fisher)["language"]
+            measured += ["**The Fisher of a language model**", fisher_report.language_table(language)]
         return write({GPU: "\n\n".join(measured)}, options)
     sections = {
         "README.md": report.readme_section(results, COST),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ewc_fast import EWCLoss
+from ewc_fast.bench.fisher import report as fisher_report
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -87,10 +88,16 @@ def test_measured_figures_are_those_of_the_committed_results() -> None:
     path = re.search(r"\(\.\./(benchmarks/results/[^)]+)/time_by_peer.png\)", DOCUMENTS["cost.md"])
     assert path is not None
     script = ROOT / "benchmarks" / "readme.py"
-    for folder in (path[1], "benchmarks/results/nvidia_h200"):
+    for folder in (path[1], "benchmarks/results/nvidia_h100_80gb_hbm3"):
         command = [sys.executable, str(script), str(ROOT / folder / "results.json"), "--check"]
         checked = subprocess.run(command, capture_output=True, text=True)
         assert checked.returncode == 0, checked.stderr
+
+
+def test_the_figures_in_bf16_are_those_of_the_committed_results() -> None:
+    results = fisher_report.read_json(ROOT / "benchmarks/results/intel_xeon_2_of_16_cores/fisher/results.json")
+    told = re.search(r"<!-- bf16: begin -->\n(.*)\n<!-- bf16: end -->", DOCUMENTS["fisher.md"], re.DOTALL)
+    assert told is not None and told[1] == fisher_report.language_table(results["language"])
 
 
 # ---- README.zh-CN.md ----

@@ -18,6 +18,7 @@ LOSSES = ("cross_entropy", "binary_cross_entropy", "gaussian", "causal_lm")
 _GIVEN = frozenset({"empirical", "reversed", "batch"})
 EXACT_BACKWARDS = 4096  # of one batch
 _TELLING, _ALIKE = 8, 0.9  # so many labels, of which such a share equals the input, are no chance
+_MANY_CLASSES, _BLOCK = 1024, 256  # see draw_classes
 _PER = {"sample": "sample", "label": "position"}  # what has a label of its own, by the unit
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _NOT_CAUSAL = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification")
@@ -68,10 +69,38 @@ def _draw_on(t: Tensor, generator: torch.Generator | None, draw: Callable[[Tenso
     return draw(t) if generator is None else draw(t.to(generator.device)).to(t.device)
 
 
-def _draw_classes(probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A class per row: the first of exponential clocks to ring, as ``torch.multinomial`` draws, without its checks."""
+def draw_classes(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A class for each row of probabilities (..., C).
+
+    Few classes are drawn with the very numbers of ``torch.multinomial``, without its checks: the first of exponential
+    clocks to ring. Of a vocabulary, where a random number for each class takes longer than the softmax, one number per
+    row is looked up in the distribution function: among blocks of classes, then in the block.
+    """
+    if probs.shape[-1] < _MANY_CLASSES:
+        return _draw_on(probs, generator, lambda p: _first_to_ring(p, generator))
+    p = probs.reshape(-1, probs.shape[-1])
+    device = p.device if generator is None else generator.device
+    numbers = torch.rand(len(p), 1, dtype=torch.float64, device=device, generator=generator).to(p.device)
+    whole = p[:, : p.shape[1] // _BLOCK * _BLOCK].unflatten(1, (-1, _BLOCK)).sum(2)
+    up_to = torch.cat([whole, p[:, whole.shape[1] * _BLOCK :].sum(1, keepdim=True)], 1).double().cumsum(1)
+    numbers = numbers * up_to[:, -1:]
+    block = _first_above(up_to, numbers)
+    numbers = numbers - torch.nn.functional.pad(up_to, (1, 0)).gather(1, block)
+    classes = block * _BLOCK + torch.arange(_BLOCK, device=p.device)
+    inside = classes < p.shape[1]
+    mine = p.gather(1, classes.where(inside, 0)).where(inside, 0)
+    return (block * _BLOCK + _first_above(mine.double().cumsum(1), numbers)).reshape(probs.shape[:-1])
+
+
+def _first_to_ring(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     clocks = torch.empty_like(probs, memory_format=torch.contiguous_format).exponential_(generator=generator)
     return torch.div(probs, clocks, out=clocks).argmax(-1)
+
+
+def _first_above(up_to: Tensor, numbers: Tensor) -> Tensor:
+    """In each row of cumulative sums (R, K) the first above the row's number (R, 1), never one that adds nothing."""
+    below_last = torch.nextafter(up_to[:, -1:], up_to.new_zeros(()))  # rounding must not lead past the last that adds
+    return torch.searchsorted(up_to, torch.minimum(numbers, below_last), right=True)
 
 
 class Objective(ABC):
@@ -249,7 +278,7 @@ class CrossEntropy(Objective):
         draws = self.draws if self.kind == "sampled" else 1
         for draw in range(draws):
             if self.kind == "sampled":
-                classes = _draw_on(probs, generator, lambda p: _draw_classes(p, generator))
+                classes = draw_classes(probs, generator)
             elif self.kind == "predicted":
                 classes = probs.argmax(-1)
             else:

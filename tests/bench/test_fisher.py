@@ -404,7 +404,7 @@ def test_tables_say_what_the_results_say(results):
     assert "Not measured: `absent`: not installed." in text
     assert "backpack 1.7, asdl not installed" in text
     row = next(line for line in text.splitlines() if "`empirical_8`" in line)
-    assert "| 0.200 (0.200 to 0.200) | 1.00 | 2.50 (2.10 to 2.90) | 1.2 | 1.0 GiB | 1.000 | 1e-02 |" in row
+    assert "| 200.0 (200.0 to 200.0) | 1.00 | 2.50 (2.10 to 2.90) | 1.2 | 1.0 GiB | 1.000 | 1e-02 |" in row
     assert "**no**" in text and "bf16 autocast, 2 threads, 2 rounds" in text
     assert "Llama" not in report.section({**results, "language": None})
 
@@ -514,6 +514,8 @@ def test_a_run_without_files(tiny, tmp_path, monkeypatch, capsys):
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--threads", "0,1"], "--threads must be at least 1"),
         (["--threads", "x"], "invalid literal"),
+        (["--device", "what", "--nets", "llama"], "--device what: "),
+        (["--device", "cuda"], "--device cuda measures the llama alone: add --nets llama"),
     ],
 )
 def test_bad_arguments(arguments, reason, capsys):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ewc_fast.fisher import FisherEstimator, estimate_fisher
+from ewc_fast.fisher.objectives import draw_classes
 from tests.fisher import brute_force, models
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
 
@@ -407,3 +408,62 @@ def test_only_labels_that_would_have_to_be_shifted_are_refused() -> None:
         with pytest.raises(ValueError, match="causal_lm"):
             estimate_fisher(plain, [(ids, labels)], "empirical")
     estimate_fisher(plain, [(ids, ids.flip(0, 1))], "empirical")
+
+
+# ---- drawing from a vocabulary ----
+
+
+@pytest.mark.parametrize("classes", [10, 1024, 1300, 49_152])
+def test_classes_are_drawn_as_often_as_they_are_probable(classes: int) -> None:
+    """A few classes share nearly everything, first, last and next to a block's end among them; most cannot be."""
+    draws, rows = 4000, 3
+    likely = torch.tensor([0, 1, 255, 256, 511, classes - 2, classes - 1]).clamp_max(classes - 1).unique()
+    logits = torch.full((rows, classes), -torch.inf)
+    logits[:, likely] = torch.randn(rows, len(likely))
+    logits[:, classes // 2] = -30.0  # never, in so few draws
+    logits[:, likely[1]] = -torch.inf
+    probs = logits.softmax(-1)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    drawn = draw_classes(probs.expand(draws, rows, classes), generator)
+    assert drawn.shape == (draws, rows) and drawn.dtype == torch.int64
+    counts = torch.stack([(drawn == c).sum(0) for c in likely], 1).double()
+    assert counts.sum() == draws * rows  # nothing that cannot be
+    wanted = probs.double()[:, likely] * draws
+    possible = wanted > 0
+    chi_square = ((counts - wanted)[possible] ** 2 / wanted[possible]).sum()
+    freedom = int(possible.sum()) - rows
+    assert chi_square < freedom + 6 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("classes", [1024, 1300])
+def test_the_ends_of_the_distribution_are_never_passed(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number drawn and however sums round: the class has a probability."""
+    probs = torch.rand(64, classes) * (torch.rand(64, classes) < 0.02)
+    probs[:, 700] = 1e-30
+    probs[::2, 800:] = 0
+    probs[1::4, 600:] = 0
+    probs[1::4, 3] = 1
+    probs /= probs.sum(1, keepdim=True)
+    for number in (0.0, 2.0**-53, 0.5, 1 - 2.0**-53):
+        monkeypatch.setattr(
+            torch,
+            "rand",
+            lambda *size, number=number, **options: torch.full(
+                size, number, **{key: value for key, value in options.items() if key != "generator"}
+            ),
+        )
+        classes_drawn = draw_classes(probs, None)
+        assert (probs.gather(1, classes_drawn[:, None]) > 0).all()
+
+
+def test_a_vocabulary_is_drawn_from_with_the_generator_alone() -> None:
+    probs = torch.randn(5, 2000).softmax(-1)
+    before = torch.random.get_rng_state()
+    same = [draw_classes(probs, torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert torch.equal(*same) and torch.equal(torch.random.get_rng_state(), before)
+    generator = torch.Generator().manual_seed(7)
+    assert not torch.equal(draw_classes(probs, generator), draw_classes(probs, generator))
+    torch.manual_seed(3)
+    from_global = draw_classes(probs, None)
+    torch.manual_seed(3)
+    assert torch.equal(draw_classes(probs, None), from_global)

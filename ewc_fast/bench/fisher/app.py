@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> int:
     start = time.perf_counter()
     options = _parse(argv)
     results: dict[str, Any] = {
-        **environment.describe(torch.device("cpu")),
-        "command": shlex.join(["python", "-m", "ewc_fast", "bench", "--fisher"]),
+        **environment.describe(options.device),
+        "command": shlex.join(["python", "-m", "ewc_fast", "bench", "--fisher", *options.told]),
         "nets": [],
         "language": None,
     }
@@ -51,7 +51,14 @@ def main(argv: Sequence[str]) -> int:
             report.write_json(results, folder / "results.json")  # what there is, should the rest be cut short
     if options.language:
         try:
-            results["language"] = language.measure(rounds=options.rounds, progress=partial(_say, LANGUAGE))
+            many = options.device.type == "cuda"  # a sequence alone leaves a card idle
+            results["language"] = language.measure(
+                sequences=32 if many else 8,
+                batches=(1, 8, 32) if many else (1, 4, 8),
+                rounds=options.rounds,
+                device=options.device,
+                progress=partial(_say, LANGUAGE),
+            )
             print("\n" + report.language_table(results["language"]), flush=True)
         except Unavailable as error:
             _say(LANGUAGE, f"not measured: {error}")
@@ -101,6 +108,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--nets", type=names, help=f"comma-separated; all if left out. {LANGUAGE} needs transformers")
     parser.add_argument("--ways", type=names, help="comma-separated; all if left out. plain always runs")
+    parser.add_argument("--device", default="cpu", help=f"cpu, or cuda for the {LANGUAGE}; cpu")
     parser.add_argument("--rounds", type=int, default=9, help="timings of each way; 9")
     parser.add_argument("--threads", type=names, help="comma-separated numbers to try; 1 and torch's own")
     parser.add_argument("--out", type=Path, help="writes to DIR/fisher; {machine} in it becomes the machine's name")
@@ -108,6 +116,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     chosen = options.nets if options.nets is not None else [*nets.NETS, LANGUAGE]
     options.language = LANGUAGE in chosen
+    options.told = [] if options.device == "cpu" else ["--device", options.device, "--nets", LANGUAGE]
+    if options.device != "cpu" and chosen != [LANGUAGE]:
+        parser.error(f"--device {options.device} measures the {LANGUAGE} alone: add --nets {LANGUAGE}")
+    try:
+        options.device = torch.device(options.device)
+    except RuntimeError as error:
+        parser.error(f"--device {options.device}: {error}")
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
     try:
         options.chosen = nets.find([name for name in chosen if name != LANGUAGE])
         options.ways = measure.find(options.ways)

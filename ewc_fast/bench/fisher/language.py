@@ -77,6 +77,7 @@ class LanguageModel:
         config: Keyword arguments of ``LlamaConfig``.
         sequences, tokens: How many of each.
         autocast: bf16, or everything in fp32.
+        device: Where all of it lies.
         seed: Of weights and tokens.
 
     Raises:
@@ -84,21 +85,29 @@ class LanguageModel:
     """
 
     def __init__(
-        self, config: Mapping[str, Any], sequences: int, tokens: int, *, autocast: bool = True, seed: int = 0
+        self,
+        config: Mapping[str, Any],
+        sequences: int,
+        tokens: int,
+        *,
+        autocast: bool = True,
+        device: torch.device = CPU,
+        seed: int = 0,
     ) -> None:
         try:
             transformers = import_module("transformers")
         except ModuleNotFoundError as error:
             raise Unavailable(f"transformers is not installed: pip install transformers ({error})") from error
-        self.autocast = autocast
+        self.autocast, self.device = autocast, device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
-            self.sequences = torch.randint(config["vocab_size"], (sequences, tokens))
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+            self.sequences = torch.randint(config["vocab_size"], (sequences, tokens)).to(device)
+        self.model: nn.Module = model.to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def _context(self) -> AbstractContextManager[object]:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
 
     def _loss(self, tokens: Tensor, reduction: str) -> Tensor:
         """Cross-entropy of each token but the first given those before it; (B, T) to a scalar."""
@@ -185,6 +194,7 @@ def measure(
     rounds: int = 5,
     *,
     autocast: bool | None = None,
+    device: torch.device = CPU,
     names: Sequence[str] | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
@@ -196,7 +206,8 @@ def measure(
         tokens: In a sequence.
         batches: Sequences per batch of ours.
         rounds: How often each way is timed, at least 1.
-        autocast: bf16 in forward and backward; None for where the CPU is not many times slower in it than in fp32.
+        autocast: bf16 in forward and backward; None for where the device is not many times slower in it than in fp32.
+        device: Where to run.
         names: Ways to measure besides the training step and the loop; all if None.
         progress: Told what is being done.
 
@@ -209,8 +220,8 @@ def measure(
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if autocast is None:
-        autocast = "AVX512" in torch.backends.cpu.get_cpu_capability()
-    language = LanguageModel(config, sequences, tokens, autocast=autocast)
+        autocast = device.type == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+    language = LanguageModel(config, sequences, tokens, autocast=autocast, device=device)
     chosen = [way for way in ways(language, batches) if names is None or way.name in (STEP, LOOP, *names)]
     data = language.sequences
     progress("comparing values")
@@ -221,7 +232,7 @@ def measure(
             values[way.name] = _compare(_whole(way.start, data, way.batch), wanted)
     del wanted
     progress(f"timing {len(chosen)} ways, {rounds} rounds")
-    runs = {way.name: partial(time_once, partial(_updates, way.start()[0], data, way.batch), CPU) for way in chosen}
+    runs = {way.name: partial(time_once, partial(_updates, way.start()[0], data, way.batch), device) for way in chosen}
     times = {name: [ms / 1e3 / sequences for ms in mine] for name, mine in interleave(runs, rounds).items()}
     del runs
     progress("measuring what an estimate takes once, and memory")
@@ -231,7 +242,7 @@ def measure(
         one = partial(_whole, way.start, data[: way.batch], way.batch)
         start = None
         if way.name != STEP:
-            start = median([time_once(one, CPU) / 1e3 for _ in range(3)]) - seconds * way.batch
+            start = median([time_once(one, device) / 1e3 for _ in range(3)]) - seconds * way.batch
         results.append(
             SequenceResult(
                 way.name,
@@ -244,7 +255,7 @@ def measure(
                 start_seconds=start,
                 off=values[way.name][0],
                 trace=values[way.name][1],
-                peak_bytes=peak_bytes(one, CPU),
+                peak_bytes=peak_bytes(one, device),
             )
         )
     return {

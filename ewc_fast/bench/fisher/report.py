@@ -222,6 +222,10 @@ def net_table(net: Results) -> str:
     return "\n\n".join(parts)
 
 
+def _ms(seconds: float) -> str:
+    return number(seconds * 1e3, 1)
+
+
 def language_table(language: Results) -> str:
     """The language model's ways, as Markdown."""
     ways = _by_name(language)
@@ -230,7 +234,7 @@ def language_table(language: Results) -> str:
         rows.append(
             [
                 f"{way['note']} (`{way['name']}`)",
-                f"{number(way['seconds'], 3)} ({number(way['p10'], 3)} to {number(way['p90'], 3)})",
+                f"{_ms(way['seconds'])} ({_ms(way['p10'])} to {_ms(way['p90'])})",
                 number(_within(way["times"], ways["step"]["times"])[0], 2),
                 _spread(*_within(ways["loop"]["times"], way["times"])),
                 number(way["start_seconds"], 1),
@@ -247,7 +251,7 @@ def language_table(language: Results) -> str:
     )
     header = [
         "",
-        "seconds per sequence",
+        "ms per sequence",
         "times a step's share",
         "times as fast as the loop",
         "seconds once per estimate",
