@@ -29,7 +29,6 @@ from ewc_fast.fisher.rules import (
     Rule,
     SharedRows,
     add_squares_,
-    held_bytes,
 )
 from ewc_fast.ops.fisher import fisher_accumulate_
 from ewc_fast.ops.native import direct
@@ -305,6 +304,7 @@ class Capture(TorchFunctionMode):
         native: Sums of the squares of linear layers that have been tapped in C++, by weight and bias; changed.
         size: Samples in the batch.
         once: There will be one backward, not several.
+        hold: Bytes of gradients of several cotangents to hold at once.
         looking: Find out the status instead of adding squares.
     """
 
@@ -318,13 +318,14 @@ class Capture(TorchFunctionMode):
         native: dict[tuple[str | None, str | None], tuple[Tensor, Tensor | None]],
         size: int,
         once: bool,
+        hold: int,
         looking: bool,
     ) -> None:
         super().__init__()
         self._leaves, self._names = leaves, {id(t): name for name, t in leaves.items()}
         self._sums, self.status, self._embedded = sums, status, embedded
         self._often, self._native = often, native
-        self._size, self._once, self._looking = size, once, looking
+        self._size, self._once, self._hold_bytes, self._looking = size, once, hold, looking
         self._lengths: set[int] = set()
         self._count: dict[str, int] = {}
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
@@ -339,6 +340,7 @@ class Capture(TorchFunctionMode):
         self._heard: list[tuple[list[str], Tensor]] = []
         self.reached: set[str] = set()
         self.verified: set[str] = set()
+        self.output_bytes = 0  # looking: of operations with parameters
         self.factors: Tensor | None = None  # looking: of each sample's cotangent, against the backward before
         self.candidates: dict[str, set[str]] = {}
         self._earlier: dict[tuple[str, ...], list[Tensor]] = {}
@@ -512,6 +514,7 @@ class Capture(TorchFunctionMode):
             self._count_uses(names)
         if not graph:
             return y
+        self.output_bytes += y.numel() * y.element_size() if self._looking else 0
         of_vectors = [rule for rule in rules if isinstance(rule, OfVectors) and rule.is_of_vectors(y)]
         only_vectors = len(of_vectors) == len(rules)
         if only_vectors and not self._looking and layouts == {"rows"} and self._often.isdisjoint(names):
@@ -688,7 +691,7 @@ class Capture(TorchFunctionMode):
         held = self._held.setdefault(name, [])
         held.append(g)
         self._held_bytes += g.numel() * g.element_size()
-        if not self._again or self._held_bytes > held_bytes(g.device):
+        if not self._again or self._held_bytes > self._hold_bytes:
             rule.add_many_(self._sums[name], x, held)
             self._held_bytes -= sum(g.numel() * g.element_size() for g in held)
             held.clear()

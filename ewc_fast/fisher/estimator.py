@@ -18,6 +18,7 @@ from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.fisher.fallback import NotVectorised, add_in_loop, add_vectorised
 from ewc_fast.fisher.modes import module_mode
 from ewc_fast.fisher.objectives import Objective, Target, make_objective
+from ewc_fast.fisher.rules import held_bytes, samples_at_once
 from ewc_fast.layout import select_parameters, unwrapped
 from ewc_fast.ops.fisher import fisher_accumulate_
 
@@ -92,6 +93,8 @@ class FisherEstimator:
         self._status: dict[str, str] = {}
         self._looks: dict[str, int] = {}
         self._embedded: dict[str, str] = {}
+        self._each: tuple[int, int] | None = None  # backwards, and bytes of the layers' outputs for a sample, if known
+        self._hold = held_bytes(self.device)
         self._often: set[str] = set()
         self._native: dict[tuple[str | None, str | None], tuple[Tensor, Tensor | None]] = {}
         self._vectorised = self._changes_inputs = True  # until a call has shown that they need not be copied
@@ -212,7 +215,10 @@ class FisherEstimator:
                 terms = self._add_whole(batch)
             self._methods.add("batch" if self.kind == "batch" else "hooks")
         else:
-            terms = self._add_per_sample(batch, size)
+            if not self._status:
+                self._look(batch, size)
+            parts = self._parts(size)
+            terms = sum(self._add_per_sample(take(batch, part, size), part.stop - part.start) for part in parts)
         if not (self._batches + 1) & self._batches:  # 1, 2, 4, 8, ...: each reads as much as the Fisher is large
             self._check_squares(self._batches + 1)
         self.num_samples += size
@@ -317,9 +323,17 @@ class FisherEstimator:
                             add(name)
         return target.terms
 
+    def _parts(self, size: int) -> list[slice]:
+        """What to take at a time of a batch of so many samples."""
+        parts, self._hold = 1, held_bytes(self.device)
+        if self._each is not None and self._why_uncovered is None:
+            backwards, output_bytes = self._each
+            parts = size // samples_at_once(size, backwards, output_bytes, self.device)
+            if parts > 1:
+                self._hold = min(self._hold, (size - size // parts) * output_bytes)
+        return [slice(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
+
     def _add_per_sample(self, batch: Any, size: int) -> int:
-        if not self._status:
-            self._look(batch, size)
         for _ in range(_MAX_LOOKS + len(self._params)):
             try:
                 terms = self._add_captured(batch, size)
@@ -342,7 +356,7 @@ class FisherEstimator:
 
     def _capture(self, leaves: dict[str, Tensor], size: int, *, once: bool, looking: bool) -> Capture:
         known = self._status, self._embedded, self._often, self._native
-        return Capture(leaves, self._sums, *known, size, once=once, looking=looking)
+        return Capture(leaves, self._sums, *known, size, once=once, hold=self._hold, looking=looking)
 
     def _covered(self) -> list[str]:
         return [name for name in self._params if self._status.get(name) != UNCOVERED]
@@ -399,6 +413,8 @@ class FisherEstimator:
         if self._was_without_graph(capture) and self._frozen:
             self._status = before
             return self._look_at(part, few)
+        if self.kind == "exact" and z.dim() == 2:
+            self._each = z.shape[1], capture.output_bytes // few
         direct = capture.out_of_sight()
         for name in direct:
             self._status[name] = UNCOVERED
@@ -545,6 +561,7 @@ class FisherEstimator:
             "methods": sorted(self._methods),
             "settings": self._objective.settings(),
             "status": [dict(self._status), dict(self._looks), dict(self._embedded)],
+            "each": self._each,
             "reentrant": self._reentrant,
             "generator": None if self._generator is None else self._generator.get_state(),
         }
@@ -581,6 +598,7 @@ class FisherEstimator:
         self._checked = 0
         self._methods = set(state["methods"])
         self._status, self._looks, self._embedded = (dict(known) for known in state["status"])
+        self._each = None if (each := state.get("each")) is None else (int(each[0]), int(each[1]))
         self._reentrant = bool(state.get("reentrant", False))
         self._native.clear()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ewc_fast.fisher import FisherEstimator, FisherInfo, estimate_fisher
+from ewc_fast.fisher import FisherEstimator, FisherInfo, estimate_fisher, rules
 from tests.fisher import brute_force, models
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
 
@@ -481,3 +481,62 @@ def test_not_finite_names_batch_and_layer(kind: str) -> None:
     bad[2, 3] = -1
     with pytest.raises(ValueError, match=r"batch 2\b.*not finite.*\b1, Logarithm"):
         estimate_fisher(model, [good, good, (bad, good[1])], kind=kind)
+
+
+# ---- batches that exact takes in parts ----
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every batch is divided, into parts of two or three; how many samples each had is noted."""
+    monkeypatch.setattr(rules, "_PART_BYTES", 0)
+    monkeypatch.setattr(rules, "_PART_SAMPLES", 2)
+    seen: list[int] = []
+    add = FisherEstimator._add_per_sample
+
+    def note(self: FisherEstimator, batch: Any, size: int) -> int:
+        seen.append(size)
+        return add(self, batch, size)
+
+    monkeypatch.setattr(FisherEstimator, "_add_per_sample", note)
+    return seen
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy", "gaussian"])
+@pytest.mark.parametrize("net", [name for name in NETS if name != "in_a_loop"])
+def test_exact_in_parts(net: str, loss: str, parts: list[int]) -> None:
+    make, shape = NETS[net]
+    model = make()
+    batches: list[Any] = [torch.randn(n, *shape) for n in (7, 6, 2, 1)]
+    expected = brute_force.fisher(model, batches, "exact", loss)
+    found = estimate_fisher(model, batches, kind="exact", loss=loss)
+    assert_fisher(found, expected)
+    assert parts == [2, 2, 3, 2, 2, 2, 2]  # the last batch is of one sample
+    assert (found.info.num_samples, found.info.batch_size) == (16, 7)
+
+
+def test_exact_in_parts_goes_on_from_a_state(parts: list[int]) -> None:
+    """As without an interruption, bit for bit: in the same parts."""
+    model, batches = GroupedConvolutions(), [torch.randn(n, 4, 6, 6) for n in (5, 7)]
+    whole, first, second = (FisherEstimator(model, "exact") for _ in range(3))
+    first.update(batches[0])
+    second.load_state_dict(first.state_dict())
+    second.update(batches[1])
+    for batch in batches:
+        whole.update(batch)
+    assert all(torch.equal(f, second.result()[name]) for name, f in whole.result().items())
+    assert parts == [2, 3, 2, 2, 3, 2, 3, 2, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["sampled", "empirical"])
+def test_one_backward_takes_the_whole_batch(kind: str, parts: list[int]) -> None:
+    estimate_fisher(models.mlp(), [(torch.randn(6, 5), torch.zeros(6).long())], kind=kind)
+    assert parts == [6]
+
+
+def test_how_many_samples_at_once() -> None:
+    cpu, mib = torch.device("cpu"), 1 << 20
+    assert rules.samples_at_once(128, 10, mib // 64, cpu) == 128  # small: 2 MiB
+    assert rules.samples_at_once(6, 10, mib, cpu) == 6
+    assert rules.samples_at_once(128, 1000, mib, cpu) == 8
+    assert rules.samples_at_once(128, 10, mib, torch.device("cuda")) == 128
