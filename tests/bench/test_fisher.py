@@ -17,6 +17,7 @@ from ewc_fast.bench import environment, main
 from ewc_fast.bench.fisher import app, language, measure, nets, packages, report
 from ewc_fast.bench.fisher.nets import CLASSES, NETS, Net
 from ewc_fast.bench.fisher.ways import OURS, PUBLISHED, WAYS, Way
+from ewc_fast.bench.measure import peak_bytes
 from ewc_fast.bench.peers import Unavailable
 
 TINY = Net("tiny", "a tiny one", lambda: nets.mlp(6, 5, CLASSES), lambda n: torch.randn(n, 6), 4, 3)
@@ -244,6 +245,28 @@ def test_memory_that_is_allowed():
     hidden = 4 * 32 * 256
     assert 2 * hidden <= found < 4 * hidden  # before and after the ReLU, which autograd keeps once
     assert all(p.grad is None for p in model.parameters())
+
+
+SMALL_ENCODER = Net(
+    "small_encoder",
+    "a transformer encoder",
+    lambda: nets.Encoder(2, 64, 2, 256),
+    lambda n: torch.randint(nets.VOCABULARY, (n, nets.TOKENS)),
+    32,
+    1,
+)
+
+
+@pytest.mark.parametrize("net", [NETS["mlp"], NETS["conv"], SMALL_ENCODER], ids=lambda net: net.name)
+@pytest.mark.parametrize(("kind", "share"), [("empirical", 1.01), ("sampled", 1.01), ("exact", 0.8)])
+def test_an_estimate_takes_no_more_memory_than_that(net, kind, share):
+    """``exact`` keeps its graph and adds up gradients; it is below because it takes large batches in parts."""
+    model, batches = net.model(), net.data(batches=1)
+    run = BY_NAME[kind].make(model)
+    run(batches)
+    allowed = measure.activation_bytes(model, batches[0]) + measure.largest_layer_bytes(model)
+    fisher = sum(p.nbytes for p in model.parameters())
+    assert peak_bytes(partial(run, batches), torch.device("cpu")) - fisher < share * allowed
 
 
 # ---- the language model ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from ewc_fast import EWCLoss
 
@@ -27,6 +30,7 @@ SNIPPETS = dict(
     )
 )
 RECIPES = re.findall(r"^```py\n(.*?)^```$", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+Weights = dict[str, Tensor]
 CONFIG = LlamaConfig(
     vocab_size=64,
     hidden_size=16,
@@ -66,16 +70,23 @@ def save_state(model: torch.nn.Module, path: Path) -> EWCLoss:
     ewc = EWCLoss(model)
     params = {n: p.detach() for n, p in model.named_parameters()}
     ewc.consolidate(
-        fisher={n: torch.ones_like(p) for n, p in params.items()}, anchor={n: p + 0.01 for n, p in params.items()}
+        fisher={n: torch.ones_like(p) for n, p in params.items()}, anchor={n: p + OFF for n, p in params.items()}
     )
     ewc.save(path)
     return ewc
 
 
-def check_logs(log_history: list[dict[str, float]], ewc: EWCLoss) -> None:
-    """lambda/2 * sum F (1 + damping) d^2 before the first step, where d is 0.01 everywhere."""
+LR, OFF = 1e-3, 0.01  # of the one step of SGD; every weight's distance from its anchor before it
+
+
+def check_step(log_history: list[dict[str, float]], ewc: EWCLoss, with_ewc: Weights, without: Weights) -> None:
+    """The penalty before the step, lambda/2 * sum F (1 + damping) d^2, and what its gradient added to each weight."""
     count = sum(a.numel() for a in ewc.anchor.values())
-    assert log_history[0]["ewc/penalty"] == pytest.approx(50 * 1.1 * count * 1e-4, rel=1e-2)
+    assert log_history[0]["ewc/penalty"] == pytest.approx(50 * 1.1 * count * OFF**2, rel=1e-3)
+    assert ewc.anchor.keys() == with_ewc.keys() == without.keys()
+    for name, weight in with_ewc.items():
+        added = (weight - without[name]).double()
+        torch.testing.assert_close(added, torch.full_like(added, LR * 100 * 1.1 * OFF), rtol=1e-3, atol=0)
 
 
 @pytest.mark.filterwarnings("default")
@@ -88,14 +99,20 @@ def test_axolotl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ewc = save_state(model, tmp_path / "ewc.safetensors")
     manager = base.PluginManager.get_instance()
     manager.register("ewc_plugin.EWCPlugin")
-    callbacks = manager.add_callbacks_pre_trainer(cfg={}, model=model)
     args = TrainingArguments(
-        output_dir="out", use_cpu=True, max_steps=2, logging_steps=1, report_to=[], save_strategy="no"
-    )
-    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(64, (16, 8))]
-    trainer = Trainer(model, args, train_dataset=data, callbacks=callbacks)
-    trainer.train()
-    check_logs(trainer.state.log_history, ewc)
+        output_dir="out", use_cpu=True, max_steps=1, logging_steps=1, report_to=[], save_strategy="no", optim="sgd",
+        learning_rate=LR, max_grad_norm=0.0, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(64, (32, 8))]
+
+    def train(model: torch.nn.Module, callbacks: list[Any]) -> tuple[list[dict[str, float]], Weights]:
+        trainer = Trainer(model, args, train_dataset=data, callbacks=callbacks)
+        trainer.train()
+        return trainer.state.log_history, {n: p.detach() for n, p in model.named_parameters()}
+
+    _, without = train(copy.deepcopy(model), [])
+    logs, weights = train(model, manager.add_callbacks_pre_trainer(cfg={}, model=model))
+    check_step(logs, ewc, weights, without)
 
 
 @pytest.mark.filterwarnings("default")
@@ -127,15 +144,21 @@ def test_llama_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         dataset_dir=str(tmp_path / "data"),
         template="default",
         cutoff_len=32,
-        output_dir=str(tmp_path / "out"),
-        max_steps=2,
+        max_steps=1,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         logging_steps=1,
-        learning_rate=1e-4,
+        optim="sgd",
+        learning_rate=LR,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
         report_to="none",
         use_cpu=True,
     )
-    exec(compile(recipe("llamafactory"), "docs/trainer.md", "exec"), {"args": args})
-    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    check_logs(state["log_history"], ewc)
+    code = recipe("llamafactory")
+    exec(compile(code, "docs/trainer.md", "exec"), {"args": {**args, "output_dir": str(tmp_path / "out")}})
+    without_ewc = code.replace(", callbacks=[EWCCallback(make_ewc)]", "")
+    assert without_ewc != code
+    exec(compile(without_ewc, "docs/trainer.md", "exec"), {"args": {**args, "output_dir": str(tmp_path / "plain")}})
+    logs = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    check_step(logs, ewc, *(load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "plain")))
