@@ -378,14 +378,14 @@ class Capture(TorchFunctionMode):
             self._uncover(found)
         return result
 
-    def _linear_again(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    def _linear_again(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """F.linear of parameters that were tapped natively before: what the rest comes to, in a third of the time."""
         names = self._names.get(id(weight)), self._names.get(id(bias))
         sums = self._native.get(names)
-        if sums is None or self._moved or self._shared or id(x) in self._names:
+        if sums is None or self._moved or self._shared or id(input) in self._names:
             return None
         several = self._several(names, (self._size, len(weight)), sums[0])
-        tapped = _tap_linear(self._anchor, x, weight, bias, *sums, self._size, SMALL, VECTORS, *several)
+        tapped = _tap_linear(self._anchor, input, weight, bias, *sums, self._size, SMALL, VECTORS, *several)
         if tapped is not None and not self._backward:
             self._count_uses(names)
         return tapped

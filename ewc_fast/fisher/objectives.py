@@ -336,6 +336,18 @@ def check_backwards(count: int, what: str) -> None:
         )
 
 
+def following_labels(labels: Tensor, mask: Any, ignored: int) -> Tensor:
+    """The label after each token but the last, (B, T - 1), and ``ignored`` where a mask (B, T) says padding."""
+    labels = labels[:, 1:]
+    if labels.dtype in (torch.uint8, torch.int8):
+        labels = labels.long()  # which hold no such number
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return labels
+    seen = (mask != 0).to(labels.device)
+    # Nor does a first token after padding on the left count, which would be predicted from padding.
+    return torch.where(seen[:, 1:] & seen[:, :-1], labels, labels.new_full((), ignored))
+
+
 class CausalLM(CrossEntropy):
     """The next token: logits at t against the label at t + 1. The unit is the token."""
 
@@ -366,14 +378,7 @@ class CausalLM(CrossEntropy):
             raise ValueError(
                 f"labels must have shape (batch, tokens) = ({z.shape[0]}, {z.shape[1] + 1}), got {tuple(labels.shape)}"
             )
-        labels = labels[:, 1:].to(z.device)
-        if labels.dtype in (torch.uint8, torch.int8):
-            labels = labels.long()  # which hold no ignore_index
-        mask = call.kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            seen = (mask != 0).to(z.device)
-            # Nor does a first token after padding on the left, which would be predicted from padding.
-            labels = torch.where(seen[:, 1:] & seen[:, :-1], labels, labels.new_full((), self.ignore_index))
+        labels = following_labels(labels.to(z.device), call.kwargs.get("attention_mask"), self.ignore_index)
         return self._given(z, labels, tuple(z.shape[:-1]))
 
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from ewc_fast.budget import EWCBudget
 from ewc_fast.checks import check_count
 from ewc_fast.fisher import estimate_fisher
+from ewc_fast.fisher.objectives import following_labels
 from ewc_fast.integrations import check_budget, install_command
 from ewc_fast.integrations.ranks import check_same_on_all, share_lambda
 from ewc_fast.layout import unwrapped
@@ -104,7 +106,7 @@ class EWCCallback(TrainerCallback):
         budget: EWCBudget | None = None,
         consolidate: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(ewc, EWCLoss) and not callable(ewc):
+        if not isinstance(ewc, EWCLoss) and (not callable(ewc) or isinstance(ewc, nn.Module)):
             raise TypeError(f"ewc must be an EWCLoss, or a function from the model to one, got {type(ewc).__name__}")
         if coupling is not None:
             check_coupling(coupling)
@@ -144,7 +146,8 @@ class EWCCallback(TrainerCallback):
         """The Trainer is built."""
         trainer, _ = self._find_trainer()
         _check_strategy(trainer)
-        _check_callbacks(trainer, self._make_ewc(trainer))
+        _check_callbacks(trainer)
+        self._make_ewc(trainer)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attaches the penalty, after what would be an error later."""
@@ -161,10 +164,11 @@ class EWCCallback(TrainerCallback):
                 "give the Trainer the callback with callbacks=[...], and a model, not model_init, so that it is called "
                 "before"
             )
+        _check_callbacks(trainer)
         ewc = self._make_ewc(trainer)
-        _check_callbacks(trainer, ewc)
         _check_parameters(ewc)
         _check_adapters(trainer.model)
+        _check_model(trainer, ewc)
         if self._consolidate is not None:
             _check_dataset(trainer, ewc, self._with_defaults(trainer))
         accelerator, optimizer = trainer.accelerator, _inner(trainer.optimizer)
@@ -178,15 +182,17 @@ class EWCCallback(TrainerCallback):
             self._load(Path(resumed_from))
         check_same_on_all(ewc)
         if ewc.num_tasks and not attachment.parts():
-            raise ValueError(
-                f"the optimizer steps none of the protected parameters (such as {next(iter(ewc.fisher))}): freeze or "
-                "wrap the model (PEFT) first, then make the EWCLoss from the model that the Trainer trains, "
-                "trainer.model"
-            )
+            _say_what_is_trained(ewc, optimizer)
         if not ewc.num_tasks and self._consolidate is None:
             warnings.warn(
                 "no task is consolidated yet, so that the penalty is 0: call ewc.consolidate(...) before training, or "
                 "give EWCCallback consolidate=, if this is the first task",
+                stacklevel=2,
+            )
+        if getattr(trainer.args, "enable_jit_checkpoint", False):
+            warnings.warn(
+                "args.enable_jit_checkpoint writes a checkpoint without telling callbacks: it has no "
+                f"{STATE_FILE}. Call ewc.save(...) before training, and copy the file into it before you resume",
                 stacklevel=2,
             )
         callbacks = trainer.callback_handler.callbacks
@@ -270,13 +276,11 @@ class EWCCallback(TrainerCallback):
                 raise TypeError(f"ewc: the function must return an EWCLoss, got {type(made).__name__}")
             self._made, self._made_of = made, unwrapped(trainer.model)
         ewc = self.ewc
-        if getattr(trainer, "model_init", None) is not None:
-            trained = set(map(id, trainer.model.parameters()))
-            if trained.isdisjoint(map(id, ewc.model.parameters())):
-                raise ValueError(
-                    "ewc is of another model than the one that model_init has made: pass a function of the model, "
-                    "EWCCallback(make_ewc), which is called for each, instead of an EWCLoss"
-                )
+        if getattr(trainer, "model_init", None) is not None and _is_of_another_model(trainer, ewc):
+            raise ValueError(
+                "ewc is of another model than the one that model_init has made: pass a function of the model, "
+                "EWCCallback(make_ewc), which is called for each, instead of an EWCLoss"
+            )
         return ewc
 
     def _output_folder(self, args: Any) -> Path:
@@ -326,8 +330,9 @@ class EWCCallback(TrainerCallback):
         path = folder / STATE_FILE
         if not path.exists():
             raise ValueError(
-                f"resume_from_checkpoint: there is no {STATE_FILE} in {folder}, which was saved without EWCCallback. "
-                f"To go on with the present state, write it there first: ewc.save({str(path)!r})"
+                f"resume_from_checkpoint: there is no {STATE_FILE} in {folder}, which was saved without EWCCallback "
+                "or by args.enable_jit_checkpoint. To go on with the present state, if it is the one that the training "
+                f"had, write it there first: ewc.save({str(path)!r})"
             )
         try:
             self.ewc.load(path)
@@ -377,8 +382,10 @@ def consolidate(
     _check_adapters(ewc.model)
     batches = _batches(ewc.model, dataset, collator, batch_size, num_samples, columns)
     batches, loss = _with_loss(ewc.model, batches, loss)
+    counting = _Counting(batches, loss)
     with _own_precision(unwrapped(ewc.model)):
-        ewc.consolidate(batches, loss=loss, num_samples=num_samples, **estimate)
+        ewc.consolidate(counting, loss=loss, num_samples=num_samples, **estimate)
+    counting.say_what_was_left_out()
 
 
 def _with_loss(model: nn.Module, batches: Iterator[Any], loss: Any) -> tuple[Iterator[Any], Any]:
@@ -389,6 +396,41 @@ def _with_loss(model: nn.Module, batches: Iterator[Any], loss: Any) -> tuple[Ite
     if loss == "gaussian" and getattr(getattr(_plain(model), "config", None), "num_labels", None) == 1:
         batches = map(_with_a_column, batches)
     return batches, loss
+
+
+class _Counting:
+    """The batches in which a label counts: of long prompts the answers are cut off, and short texts have no mask."""
+
+    def __init__(self, batches: Iterable[Any], loss: Any) -> None:
+        self._batches, self._loss = batches, loss
+        self._left_out = self._found = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            self._found += 1
+            if self._counts(batch):
+                yield batch
+            else:
+                self._left_out += 1
+        if 0 < self._found == self._left_out:
+            raise ValueError("no label counts in any batch of the dataset: all are the ignored index, or padding")
+
+    def _counts(self, batch: Any) -> bool:
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+            return True
+        ignored = getattr(self._loss, "ignore_index", -100)
+        if self._loss == "causal_lm":
+            labels = following_labels(labels, batch.get("attention_mask"), ignored)
+        return bool((labels != ignored).any())
+
+    def say_what_was_left_out(self) -> None:
+        """Warns, the caller of :func:`consolidate`."""
+        if self._left_out:
+            warnings.warn(
+                f"dataset: {self._left_out} of {self._found} batches were left out, because no label counts in them",
+                stacklevel=3,
+            )
 
 
 def _with_a_column(batch: Any) -> Any:
@@ -406,9 +448,12 @@ def _batches(
     columns: Collection[str] | None,
 ) -> Iterator[Any]:
     wanted = None if columns == "all" else _arguments_of(model) if columns is None else set(columns)
-    try:
-        size = len(dataset)
-    except TypeError:  # it streams
+    if isinstance(dataset, DataLoader):
+        raise TypeError("dataset is a DataLoader: give its dataset and collator, or call ewc.consolidate(loader)")
+    if isinstance(dataset, Mapping):
+        raise TypeError(f"dataset is a {type(dataset).__name__}: give one of {', '.join(map(str, dataset))}")
+    size = None if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") else len(dataset)
+    if size is None:
         samples = islice(dataset, num_samples)
     else:
         count = size if num_samples is None else min(num_samples, size)
@@ -416,7 +461,15 @@ def _batches(
     while batch := list(islice(samples, batch_size)):
         if wanted is not None and isinstance(batch[0], Mapping):
             batch = [{k: v for k, v in sample.items() if k in wanted} for sample in batch]
-        collated = (collator or default_data_collator)(batch)
+        try:
+            collated = (collator or default_data_collator)(batch)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if collator is not None:
+                raise
+            raise ValueError(
+                f"dataset: transformers' default collator makes no batch of its samples ({error}): give collator= one "
+                "that pads, of samples that are dicts"
+            ) from error
         if isinstance(collated, Mapping):
             collated = {k: v for k, v in collated.items() if v is not None}
             _check_rows(collated, len(batch))
@@ -532,10 +585,44 @@ def _check_strategy(trainer: Trainer) -> None:
     raise ValueError(remedies.get(kind, f"{kind}: this version penalises single processes and DDP, take one of these"))
 
 
-def _check_callbacks(trainer: Trainer, ewc: EWCLoss) -> None:
-    callbacks = trainer.callback_handler.callbacks
-    if sum(isinstance(callback, EWCCallback) and callback._made is ewc for callback in callbacks) > 1:
-        raise ValueError("callbacks: two of them are an EWCCallback of the same EWCLoss: leave one out")
+def _check_callbacks(trainer: Trainer) -> None:
+    if sum(isinstance(callback, EWCCallback) for callback in trainer.callback_handler.callbacks) > 1:
+        raise ValueError(
+            f"callbacks: two of them are an EWCCallback, whose {STATE_FILE} and logs would replace each other: give "
+            "one, of an EWCLoss of the whole model, which takes a factor of lambda by name (lambda_by=) and several "
+            "tasks (mode='separate')"
+        )
+
+
+def _is_of_another_model(trainer: Trainer, ewc: EWCLoss) -> bool:
+    trained = set(map(id, trainer.model.parameters()))
+    return trained.isdisjoint(map(id, ewc.model.parameters()))
+
+
+def _check_model(trainer: Trainer, ewc: EWCLoss) -> None:
+    if _is_of_another_model(trainer, ewc):
+        raise ValueError(
+            "ewc is of another model than the Trainer's (a copy?): make it from the model that the Trainer gets, or "
+            "pass a function of the model, EWCCallback(make_ewc)"
+        )
+
+
+def _say_what_is_trained(ewc: EWCLoss, optimizer: torch.optim.Optimizer) -> None:
+    """Warns where only parameters are trained that no task has had, a new adapter's; else raises."""
+    known, free = next(iter(ewc.fisher)), ewc._select()[0]
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(p) in stepped for p in free.values()):
+        warnings.warn(
+            f"nothing of what is consolidated (such as {known}) is trained: the penalty is 0. New parameters are free "
+            "until they are consolidated",
+            stacklevel=4,
+        )
+        return
+    raise ValueError(
+        f"the optimizer steps none of the protected parameters (such as {known}): make the EWCLoss from the model that "
+        "the Trainer trains, trainer.model, after it was wrapped (PEFT), and let parameters that are to be trained "
+        "require grad (PeftModel.from_pretrained: is_trainable=True)"
+    )
 
 
 def _check_parameters(ewc: EWCLoss) -> None:
@@ -558,6 +645,12 @@ def _check_adapters(model: nn.Module) -> None:
 def _check_rows(batch: Mapping[str, Any], samples: int) -> None:
     """Raises where a batch of one row holds several documents, whose gradients could not be told apart."""
     ids, positions, mask = (batch.get(key) for key in ("input_ids", "position_ids", "attention_mask"))
+    if isinstance(ids, Tensor) and ids.dim() == 2 and len(ids) > samples:
+        raise ValueError(
+            f"the collator makes {len(ids)} rows of {samples} samples (chosen and rejected answers, as DPO's does?): "
+            "consolidate with a dataset and a collator that give a row for each, EWCCallback(consolidate=dict("
+            "dataset=..., collator=...)), or call ewc.consolidate(...) yourself"
+        )
     packed = samples > 1 and isinstance(ids, Tensor) and ids.dim() > 1 and len(ids) == 1
     if isinstance(positions, Tensor) and positions.dim() == 2 and len(positions) == 1:
         row = positions[0]
@@ -582,11 +675,11 @@ def _check_dataset(trainer: Trainer, ewc: EWCLoss, arguments: Mapping[str, Any])
     loss = rest.pop("loss", None)
     device = next(trainer.model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _own_precision(trainer.model):
-        params = list(ewc._selected.values())[-1:]
-        count = 2 if number is None else min(2, number)
+        params = list(ewc._select()[0].values())[-1:]
         try:
-            batches = _batches(ewc.model, dataset, collator, min(2, size), count, columns)
+            batches = _batches(ewc.model, dataset, collator, min(2, size), number, columns)
             batches, loss = _with_loss(ewc.model, batches, loss)
-            estimate_fisher(ewc.model, batches, loss=loss, **{**rest, "params": params})
+            first = islice(_Counting(batches, loss), 1)
+            estimate_fisher(ewc.model, first, loss=loss, **{**rest, "params": params})
         except (TypeError, ValueError) as error:
             raise type(error)(f"consolidate: the dataset's first samples cannot be used: {error}") from error

@@ -363,6 +363,8 @@ DIRECT = {
     "einsum": case(lambda m, x: torch.einsum("bte,hef->bhtf", x, m.w0), normal(4, 5), (2, 5, 3)),
     "per_position": case(lambda m, x: torch.einsum("bte,tef->btf", x, m.w0), normal(4, 5), (4, 5, 3)),
     "functional_linear": case(lambda m, x: F.linear(x, m.w0, m.w1), normal(4, 5), (6, 5), (6,)),
+    "functional_keywords": case(lambda m, x: F.linear(input=x, weight=m.w0, bias=m.w1), normal(4, 5), (6, 5), (6,)),
+    "functional_keywords_vectors": case(lambda m, x: F.linear(input=x, weight=m.w0), normal(5), (6, 5)),
     "functional_slices": case(lambda m, x: F.linear(F.linear(x, m.w0[:4]).tanh(), m.w0[4:, :4]), normal(5), (6, 5)),
     "functional_embedding": case(lambda m, x: F.embedding(x, m.w0), ids(5), (6, 4)),
     "indexed": case(lambda m, x: m.w0[x], ids(5), (6, 4)),

@@ -310,3 +310,30 @@ def test_merged_adapters_are_refused_before_training(tmp_path: Path) -> None:
     assert not ewc._is_attached()
     model.unmerge_adapter()
     trainer.train()
+
+
+def test_a_new_adapter_is_trained_free_in_the_trainer(tmp_path: Path) -> None:
+    model, data = make_model(), torch.randint(40, (8, TOKENS))
+    ewc = EWCLoss(model, LAMBDA)
+    end_task(ewc, model)
+    model.add_adapter("late", lora())
+    model.set_adapter("late")
+    plain = copy.deepcopy(model)
+    with (
+        pytest.warns(UserWarning, match=r"nothing of what is consolidated \(such as .*default.*\) is trained"),
+        pytest.warns(UserWarning, match="no protected parameter requires grad any more"),
+    ):
+        make_trainer(model, ewc, tmp_path, data, 4).train()
+    steps(plain, data, None, {})
+    assert_same(model, plain)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    trainer = make_trainer(model, ewc, tmp_path, data, 4)
+    model.base_model.model.lm_head.weight.requires_grad_(True)
+    trainer.create_optimizer()
+    model.base_model.model.lm_head.weight.requires_grad_(False)
+    with (
+        pytest.warns(UserWarning, match="no parameter to protect requires grad"),
+        pytest.raises(ValueError, match="steps none of the protected parameters .*is_trainable=True"),
+    ):
+        trainer.train()

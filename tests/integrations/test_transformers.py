@@ -6,13 +6,14 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from ewc_fast import EWCSGD, EWCAdamW, EWCBudget, EWCLoss, ForgettingProbe
 
@@ -617,6 +618,83 @@ def test_a_trials_checkpoints_hold_the_state(tmp_path: Path, monkeypatch: pytest
     assert "seven" in trials
 
 
+def test_batches_in_which_no_label_counts_are_left_out(tmp_path: Path) -> None:
+    """As the Trainer trains on them, and by number."""
+    model, data = make_model(), make_data(9)
+    nothing = {"input_ids": torch.randint(40, (TOKENS,)), "labels": torch.full((TOKENS,), -100)}
+    only_first = {**nothing, "labels": torch.tensor([7] + [-100] * (TOKENS - 1))}  # which follows no token
+    with_them = [nothing, nothing, *data[:4], nothing, only_first, *data[4:]]
+    ewc, wanted = EWCLoss(model, LAMBDA), EWCLoss(model, LAMBDA)
+    consolidate(wanted, data, kind="empirical")
+    arguments = dict(kind="empirical", batch_size=2)
+    callback = EWCCallback(ewc, consolidate=arguments)
+    args = make_args(tmp_path, learning_rate=0.0)
+    with pytest.warns(UserWarning, match="dataset: 2 of 7 batches were left out, because no label counts in them"):
+        Trainer(model, args, train_dataset=with_them, callbacks=[callback]).train()
+    assert ewc.info is not None and ewc.info["num_samples"] == 9
+    for n, f in wanted.fisher.items():
+        torch.testing.assert_close(ewc.fisher[n], f, rtol=1e-4, atol=1e-8)
+    for use in (lambda: consolidate(ewc, [nothing] * 3), Trainer(
+        model, args, train_dataset=[nothing, only_first], callbacks=[EWCCallback(ewc, consolidate=arguments)]
+    ).train):  # fmt: skip
+        with pytest.raises(ValueError, match="no label counts in any batch of the dataset"):
+            use()
+    assert ewc.num_tasks == 1
+
+
+def test_a_dataset_is_tried_on_what_is_trained_now(tmp_path: Path) -> None:
+    model = make_model()
+    ewc = EWCLoss(model, LAMBDA)
+    model.lm_head.weight.requires_grad_(False)
+    args = make_args(tmp_path, max_steps=1)
+    Trainer(model, args, train_dataset=make_data(), callbacks=[EWCCallback(ewc, consolidate={})]).train()
+    assert ewc.num_tasks == 1 and "lm_head.weight" not in ewc.fisher
+
+
+class Stream(IterableDataset[dict[str, Tensor]]):
+    """Has a length, and no items by number."""
+
+    def __init__(self) -> None:
+        self.rows = make_data(5)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self.rows)
+
+
+def test_what_is_a_dataset(tmp_path: Path) -> None:
+    ewc, data = EWCLoss(make_model(), LAMBDA), make_data(4)
+    consolidate(ewc, Stream(), kind="empirical")
+    assert ewc.info is not None and ewc.info["num_samples"] == 5
+    uneven = [{"input_ids": torch.randint(40, (n,))} for n in (3, 5)]
+
+    def pairs(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {key: torch.stack([s[key] for s in samples] * 2) for key in ("input_ids", "labels")}
+
+    for dataset, collator, error, message in (
+        (DataLoader(data), None, TypeError, r"dataset is a DataLoader: .*ewc.consolidate\(loader\)"),
+        ({"train": data, "test": data}, None, TypeError, "dataset is a dict: give one of train, test"),
+        (uneven, None, ValueError, "default collator makes no batch of its samples .*give collator= one that pads"),
+        (["a text"], None, ValueError, "default collator makes no batch .*samples that are dicts"),
+        (data, pairs, ValueError, "the collator makes 8 rows of 4 samples"),
+    ):
+        with pytest.raises(error, match=message):
+            consolidate(ewc, dataset, collator)
+    assert ewc.num_tasks == 1
+
+
+def test_checkpoints_without_an_event_are_said(tmp_path: Path) -> None:
+    if not hasattr(TrainingArguments, "enable_jit_checkpoint"):
+        pytest.skip("this version of transformers has none")
+    model = make_model()
+    args = make_args(tmp_path, max_steps=1)
+    args.enable_jit_checkpoint = True  # after the signal's handler is or is not set
+    with pytest.warns(UserWarning, match="enable_jit_checkpoint writes a checkpoint without telling callbacks"):
+        Trainer(model, args, train_dataset=make_data(), callbacks=[EWCCallback(make_ewc(model))]).train()
+
+
 # ---- errors, before anything is written ----
 
 
@@ -624,6 +702,7 @@ def test_bad_arguments() -> None:
     ewc = make_ewc(make_model())
     for arguments, error, message in (
         (dict(ewc=3), TypeError, "ewc must be an EWCLoss, or a function"),
+        (dict(ewc=make_model()), TypeError, "ewc must be an EWCLoss, or a function .*got LlamaForCausalLM"),
         (dict(coupling="copled"), ValueError, "coupling must be one of"),
         (dict(clip="both"), ValueError, "clip must be one of sum, task"),
         (dict(probe=3), TypeError, "probe must be callable"),
@@ -660,7 +739,7 @@ def test_what_cannot_be_penalised(tmp_path: Path) -> None:
     model = make_model()
     ewc = make_ewc(model)
     other = make_model()
-    with pytest.raises(ValueError, match="is the model's: build it from the parameters of the model"):
+    with pytest.raises(ValueError, match="ewc is of another model than the Trainer's"):
         train(other, EWCCallback(ewc), tmp_path)
     optimizer = EWCAdamW(model.parameters(), ewc=ewc, coupling="proximal")
     with pytest.raises(ValueError, match="coupling='coupled', but the optimizer has this penalty with 'proximal'"):
@@ -799,7 +878,7 @@ def test_errors_leave_nothing_attached(tmp_path: Path) -> None:
         raise OSError("the probe")
 
     model = make_model()
-    ewc, other = make_ewc(model), make_ewc(model)
+    ewc = make_ewc(model)
     saved = tmp_path / "checkpoint-1"
     args = make_args(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     Trainer(model, args, train_dataset=make_data(), callbacks=[EWCCallback(ewc)]).train()
@@ -807,7 +886,6 @@ def test_errors_leave_nothing_attached(tmp_path: Path) -> None:
     (saved / "ewc.safetensors").mkdir()
     cases: list[tuple[list[TrainerCallback], type[Exception], str]] = [
         ([EWCCallback(ewc)], OSError, "ewc.safetensors"),
-        ([EWCCallback(other), EWCCallback(ewc)], ValueError, "something else has replaced accelerator.clip_grad_norm_"),
         ([EWCCallback(ewc, budget=EWCBudget(ewc, 0.1, fail, every=1))], OSError, "the probe"),
         ([EWCCallback(ewc, probe=fail)], OSError, "the probe"),
     ]
@@ -815,7 +893,7 @@ def test_errors_leave_nothing_attached(tmp_path: Path) -> None:
         trainer = Trainer(model, make_args(tmp_path), train_dataset=make_data(), callbacks=callbacks)
         with pytest.raises(error, match=message):
             trainer.train(resume_from_checkpoint=None if i else str(saved))
-        assert not ewc._is_attached() and not other._is_attached()
+        assert not ewc._is_attached()
         assert "clip_grad_norm_" not in vars(trainer.accelerator)
 
 
@@ -833,9 +911,14 @@ def test_a_penalty_has_one_callback(tmp_path: Path) -> None:
     model = make_model()
     ewc = make_ewc(model)
     callback = EWCCallback(ewc)
-    for other in (callback, EWCCallback(ewc, clip="task")):
-        with pytest.raises(ValueError, match="callbacks: two of them are an EWCCallback of the same EWCLoss"):
+    for other in (callback, EWCCallback(ewc, clip="task"), EWCCallback(make_ewc(model), clip="task")):
+        with pytest.raises(ValueError, match="callbacks: two of them are an EWCCallback, .* would replace each other"):
             Trainer(model, make_args(tmp_path), train_dataset=make_data(), callbacks=[callback, other])
+    trainer = Trainer(model, make_args(tmp_path), train_dataset=make_data(), callbacks=[callback])
+    trainer.add_callback(EWCCallback(make_ewc(model), clip="task"))
+    with pytest.raises(ValueError, match="callbacks: two of them"):
+        trainer.train()
+    assert not ewc._is_attached()
 
 
 def test_imported_lazily_and_a_missing_package_is_named() -> None:
