@@ -146,7 +146,7 @@ def _without(part: Part, done: frozenset[int]) -> Part | None:
     return part.subset(left, maximize=part.maximize) if left else None
 
 
-def _is_inner(optimizer: torch.optim.Optimizer) -> bool:
+def is_inner(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the step whose hook this is was called by another step of the same optimizer: torch wraps ``step`` once
     in every class that has one, and runs the hooks in each wrapper."""
     wrapper = sys._getframe(2)
@@ -193,7 +193,7 @@ class AttachHandle(Attachment):
                 if SCALE_KEY in group:
                     lambda_scale(group)
             return
-        if self._may_nest and _is_inner(optimizer):
+        if self._may_nest and is_inner(optimizer):
             return
         # args holds the optimizer itself where torch passes it on.
         closure = None
@@ -215,7 +215,7 @@ class AttachHandle(Attachment):
         self._added = None
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._may_nest and _is_inner(optimizer):
+        if self._may_nest and is_inner(optimizer):
             return
         if self.every == 1 or self.acts():
             self.ewc._pull(self, optimizer, found_inf=getattr(optimizer, "found_inf", None))

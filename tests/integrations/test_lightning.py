@@ -452,6 +452,102 @@ def test_evaluating_a_checkpoint_leaves_what_is_consolidated(evaluation: str, tm
         assert torch.equal(ewc.fisher[name], fisher[name]) and torch.equal(ewc.anchor[name], anchor[name])
 
 
+def test_a_resumed_task_is_not_consolidated_twice(tmp_path: Path) -> None:
+    module, ewc = prepared(OPTIMIZERS["sgd"])
+    data = batches(3)
+    run = trainer(EWCCallback(ewc, consolidate=loader(data), kind="empirical"))
+    run.fit(module, loader(data))
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    fisher, anchor = state_of(ewc)
+    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    callback = EWCCallback(ewc, consolidate=loader(data), kind="empirical")
+    with pytest.warns(UserWarning, match="does not consolidate the task a second time"):
+        trainer(callback, max_epochs=2).fit(module, loader(data), ckpt_path=tmp_path / "after.ckpt", weights_only=True)
+    assert any(not torch.equal(p, weights[name]) for name, p in module.named_parameters())
+    assert ewc.num_tasks == 2
+    for name in anchor:
+        assert torch.equal(ewc.fisher[name], fisher[name]) and torch.equal(ewc.anchor[name], anchor[name])
+    trainer(callback).fit(module, loader(data))  # another task
+    assert ewc.num_tasks == 3
+
+
+def test_a_checkpoint_of_an_unfinished_task_is_consolidated_once(tmp_path: Path) -> None:
+    module, ewc = prepared(OPTIMIZERS["sgd"])
+    data = batches(3)
+    run = trainer(EWCCallback(ewc, consolidate=loader(data), kind="empirical"))
+    module.on_train_epoch_end = lambda: run.save_checkpoint(tmp_path / "before.ckpt")
+    run.fit(module, loader(data))
+    del module.on_train_epoch_end
+    state = torch.load(tmp_path / "before.ckpt", weights_only=True)
+    del state["callbacks"]["EWCCallback"]["consolidated"]  # as it was before there was this entry
+    torch.save(state, tmp_path / "before.ckpt")
+    trainer(EWCCallback(ewc, consolidate=loader(data), kind="empirical"), max_epochs=2).fit(
+        module, loader(data), ckpt_path=tmp_path / "before.ckpt", weights_only=True
+    )
+    assert ewc.num_tasks == 2
+
+
+def test_trying_the_first_batch_changes_no_weights() -> None:
+    first, _ = prepared(OPTIMIZERS["sgd"])
+    samples = [(torch.randn(5, dtype=torch.float64), i % 3) for i in range(16)]
+    results = []
+    for options in ({}, {"consolidate": "the same", "num_samples": 10, "progress": False}):
+        module = copy.deepcopy(first)
+        ewc = EWCLoss(module, LAMBDA)
+        ewc.consolidate(fisher={name: torch.ones_like(p) for name, p in module.named_parameters()})
+        own = torch.Generator().manual_seed(1)
+        shuffled = torch.utils.data.DataLoader(samples, 4, shuffle=True, generator=own)
+        if options:
+            options["consolidate"] = shuffled
+        torch.manual_seed(0)
+        trainer(EWCCallback(ewc, **options)).fit(module, shuffled)
+        results.append(module)
+    assert_same(*results, rtol=0, atol=0)
+
+
+class TwoParts(Module):
+    """A penalty for each layer."""
+
+    def penalties(self) -> list[EWCLoss]:
+        found = []
+        for layer in (self.net[0], self.net[2]):
+            ewc = EWCLoss(layer, LAMBDA)
+            ewc.consolidate(
+                fisher={name: torch.rand(p.shape) for name, p in layer.named_parameters()},
+                anchor={name: torch.zeros_like(p) for name, p in layer.named_parameters()},
+            )
+            found.append(ewc)
+        return found
+
+
+def test_two_callbacks_have_a_name_each(tmp_path: Path) -> None:
+    module = TwoParts(OPTIMIZERS["sgd"])
+    data, plain = batches(3), copy.deepcopy(module)
+    a, b = module.penalties()
+    run = trainer(EWCCallback(a), EWCCallback(b, name="head"), gradient_clip_val=0.3)
+    run.fit(module, loader(data))
+    assert run.callback_metrics["ewc/penalty"].item() == pytest.approx(a.last_penalty.item(), rel=1e-5)
+    assert run.callback_metrics["ewc_head/penalty"].item() == pytest.approx(b.last_penalty.item(), rel=1e-5)
+    whole = EWCLoss(plain, LAMBDA)
+    parts = {"net.0": a, "net.2": b}
+    whole.consolidate(
+        fisher={f"{at}.{name}": t for at, ewc in parts.items() for name, t in ewc.fisher.items()},
+        anchor={f"{at}.{name}": t for at, ewc in parts.items() for name, t in ewc.anchor.items()},
+    )
+    plain_loop(plain, whole, data, clip=0.3)
+    assert_same(module, plain)
+
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    resumed = TwoParts(OPTIMIZERS["sgd"])
+    c, d = (EWCLoss(layer, LAMBDA) for layer in (resumed.net[0], resumed.net[2]))
+    trainer(EWCCallback(c), EWCCallback(d, name="head"), max_epochs=2, gradient_clip_val=0.3).fit(
+        resumed, loader(data), ckpt_path=tmp_path / "two.ckpt", weights_only=True
+    )
+    for old, new in ((a, c), (b, d)):
+        assert all(torch.equal(new.anchor[name], old.anchor[name]) for name in old.anchor)
+
+
 def test_consolidates_at_the_end() -> None:
     module, ewc = prepared(OPTIMIZERS["sgd"])
     data = batches(4)
@@ -466,6 +562,148 @@ def test_consolidates_at_the_end() -> None:
 
 
 # ---- what cannot be served ----
+
+
+class RawManual(Module):
+    """Steps the optimizer past Lightning."""
+
+    def __init__(self, make: Make, dtype: torch.dtype) -> None:
+        super().__init__(make, dtype)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+class RawAutomatic(Module):
+    """The same under automatic optimization, in every other step."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        raw = batch_idx % 2 == 1
+        (optimizer.optimizer if raw else optimizer).step(closure=optimizer_closure)
+
+
+@pytest.mark.parametrize("kind", [RawManual, RawAutomatic])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_step_past_lightning_is_refused(kind: type[Module], nested: bool) -> None:
+    """And the hook that sees it is gone then."""
+    module, ewc = prepared(nested_sgd if nested else OPTIMIZERS["sgd"], kind=kind)
+    run = trainer(EWCCallback(ewc))
+    with pytest.raises(RuntimeError, match=r"past Lightning, and the step had no penalty: .*self\.optimizers\(\)"):
+        run.fit(module, loader(batches(4)))
+    assert not ewc._is_attached() and not run.optimizers[0]._optimizer_step_post_hooks
+
+
+def test_a_step_past_lightning_is_taken_under_proximal() -> None:
+    module, ewc = prepared(OPTIMIZERS["sgd"], kind=RawManual)
+    before = copy.deepcopy(module)
+    trainer(EWCCallback(ewc, coupling="proximal")).fit(module, loader(batches(2)))
+    assert ewc.last_penalty > 0 and not torch.equal(module.net[0].weight, before.net[0].weight)
+
+
+class Outer(torch.optim.SGD):
+    """torch wraps a step in every class that has one, and each calls the hooks."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def nested_sgd(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # wraps SGD's own step
+    return Outer(params, lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def test_a_step_that_calls_another_is_one() -> None:
+    module, ewc = prepared(nested_sgd)
+    plain, data = copy.deepcopy(module), batches(4)
+    run = trainer(EWCCallback(ewc))
+    run.fit(module, loader(data))
+    plain_loop(plain, ewc, data)
+    assert_same(module, plain)
+    assert not run.optimizers[0]._optimizer_step_post_hooks
+
+
+def test_a_step_past_lightning_is_seen_after_a_skipped_one() -> None:
+    """A GradScaler skips the first, whose gradient is not that of the second."""
+
+    class Mixed(Manual):
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            optimizer = self.optimizers()[0]
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            (optimizer.optimizer if batch_idx else optimizer).step()
+
+    module, ewc = prepared(OPTIMIZERS["sgd"], torch.float32, kind=Mixed)
+    (x, y), second = batches(2, dtype=torch.float32)
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    precision.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)
+    with pytest.raises(RuntimeError, match="past Lightning"):
+        trainer(EWCCallback(ewc), plugins=[precision]).fit(module, loader([(x * float("inf"), y), second]))
+
+
+BAD: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "labels": ([(torch.randn(4, 5).double(), torch.full((4,), 9))], {"kind": "empirical"}, ValueError, "9"),
+    "shape": ([torch.randn(4, 6).double()], {}, RuntimeError, "mat1 and mat2"),
+    "no batch": (["text"], {}, TypeError, "a batch must be"),
+    "empty": ([], {}, ValueError, "no sample|empty|yielded"),
+    "no loader": (3, {}, TypeError, "iterable of batches"),
+    "kind": (batches(1), {"kind": "exat"}, ValueError, "exat"),
+    "loss": (batches(1), {"loss": "cross"}, ValueError, "cross"),
+    "number": (batches(1), {"num_samples": 0}, ValueError, "num_samples"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_consolidated_is_refused_before_training(case: str) -> None:
+    data, options, error, match = BAD[case]
+    module, ewc = prepared(OPTIMIZERS["sgd"])
+    before = copy.deepcopy(module)
+    with pytest.raises(error, match=f"consolidate: the first batch, tried before training, .*({match})"):
+        trainer(EWCCallback(ewc, consolidate=data, **options)).fit(module, loader(batches(1)))
+    assert_same(module, before, 0, 0)
+    assert ewc.num_tasks == 1
+
+
+def test_batches_that_can_be_had_once_are_refused() -> None:
+    class Once(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> Any:
+            raise StopIteration
+
+    _, ewc = prepared(OPTIMIZERS["sgd"])
+    for once in (iter(batches(1)), torch.utils.data.DataLoader(Once())):
+        with pytest.raises(TypeError, match="consolidate: its batches come from an iterator.*give a list or a loader"):
+            EWCCallback(ewc, consolidate=once)
+
+
+def test_a_checkpoint_without_the_callback_is_refused(tmp_path: Path) -> None:
+    module, ewc = prepared(OPTIMIZERS["sgd"])
+    data, path = batches(2), tmp_path / "without.ckpt"
+    run = trainer()
+    run.fit(module, loader(data))
+    run.save_checkpoint(path)
+    for name in ("", "head"):
+        callback = EWCCallback(ewc, name=name)
+        with pytest.raises(ValueError, match="ckpt_path: the checkpoint holds no state of EWCCallback"):
+            trainer(callback, max_epochs=2).fit(module, loader(data), ckpt_path=path, weights_only=True)
+    module.test_step = lambda batch, batch_idx: None
+    trainer(callback).test(module, loader(data), ckpt_path=path, weights_only=True)  # which needs none
+    checkpoint = torch.load(path)
+    checkpoint["callbacks"]["EWCCallback{'name': 'head'}"] = callback.state_dict()  # as the error says
+    torch.save(checkpoint, path)
+    trainer(callback, max_epochs=2).fit(module, loader(data), ckpt_path=path, weights_only=True)
+    assert ewc.last_penalty > 0
+
+
+def test_two_callbacks_of_one_penalty_are_refused() -> None:
+    module, ewc = prepared(OPTIMIZERS["sgd"])
+    with pytest.raises(ValueError, match="two of them are an EWCCallback of the same EWCLoss"):
+        trainer(EWCCallback(ewc), EWCCallback(ewc, name="again")).fit(module, loader(batches(1)))
 
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
@@ -522,6 +760,10 @@ def test_bad_arguments_are_named() -> None:
         EWCCallback(ewc, budget=budget, probe=lambda: 0.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kind: only with consolidate="):
         EWCCallback(ewc, kind="exact")
+    with pytest.raises(TypeError, match="nums_samples: EWCCallback has no such argument.*num_samples"):
+        EWCCallback(ewc, consolidate=batches(1), nums_samples=3)
+    with pytest.raises(TypeError, match="name must be a string"):
+        EWCCallback(ewc, name=1)  # type: ignore[arg-type]
 
 
 def test_consolidate_with_several_processes_is_refused() -> None:
