@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from ewc_fast.checks import check_count
-from ewc_fast.fisher.batches import Call, take, take_apart
+from ewc_fast.fisher.batches import Call, check_no_row, take, take_apart
 from ewc_fast.fisher.batches import batch_size as rows_of
 from ewc_fast.fisher.objectives import logits_of
-from ewc_fast.layout import unwrapped
+from ewc_fast.layout import check_materialised, unwrapped
 from ewc_fast.sequences import device_of, undisturbed
 
 
@@ -146,6 +146,7 @@ class ForgettingProbe:
         """The logits of one batch after the other."""
         model = unwrapped(self.model)
         device = device_of(model)
+        check_materialised(model, device)
         for index, kept in enumerate(self._calls):
             call = _copied(kept, device)  # a model may change its inputs in place
             with undisturbed(model), _batch_named(index):
@@ -212,6 +213,7 @@ def _calls(samples: object, batch_size: int) -> Iterator[Call]:
     elif isinstance(samples, Iterable) and not isinstance(samples, (str, tuple)):
         for index, batch in enumerate(samples):
             with _batch_named(index):
+                check_no_row(batch)
                 call = take_apart(batch)
                 if rows_of(call):
                     yield call

@@ -127,6 +127,13 @@ def check_whole(name: str, p: Tensor) -> None:
     )
 
 
+def check_materialised(model: nn.Module, device: torch.device) -> None:
+    """Raises if a device on which numbers are expected of a model is the meta device."""
+    if device.type == "meta":
+        name = next((name for name, p in _named(model, aliases=False) if p.device.type == "meta"), "the model")
+        raise ValueError(f"{name} is on the meta device and holds no numbers: materialise the model first")
+
+
 def name_parameters(model: nn.Module, params: Iterable[str | Tensor]) -> list[str]:
     """A choice of parameters by names and patterns alone, which outlives the parameters themselves.
 

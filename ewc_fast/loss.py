@@ -321,6 +321,9 @@ class EWCLoss:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replaces the state by a saved one.
 
+        A parameter that the state does not know, such as a head that is new since, is free until the next consolidate;
+        that is said once.
+
         Raises:
             ValueError: It is no EWC state, of another mode or gamma, or of another model. The state is as it was then.
         """
@@ -328,6 +331,7 @@ class EWCLoss:
         with torch.inference_mode(False):
             self._state.load_state_dict(state, {**self._selected, **self._frozen()})
             self._state_changed()
+        self._say_uncovered()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state to a safetensors file, whole or not at all."""
@@ -584,8 +588,11 @@ class EWCLoss:
     # ---- what the newest pass said ----
 
     def _record(self, key: Hashable, results: list[PartResult]) -> None:
-        if isinstance(key, Attachment) and key.every > 1:
-            results = [(part, r.weighted(1 / key.every)) for part, r in results]
+        if isinstance(key, Attachment):
+            if results and self._lambda != 0.0:
+                key.mark()
+            if key.every > 1:
+                results = [(part, r.weighted(1 / key.every)) for part, r in results]
         if key is None:
             self._newest = {None: results}
             return
@@ -750,7 +757,8 @@ class EWCLoss:
         which the step then adds the penalty's. This adds it first, where an optimizer of these parameters is attached
         with ``"coupled"``, and its coming step adds none; once for each parameter, also where several are attached.
         Call it before every step, for a part of the parameters after the other if need be, and with a GradScaler after
-        ``scaler.unscale_``. A proximal pull is no gradient and is not clipped.
+        ``scaler.unscale_``; under gradient accumulation not in every micro-batch, each of which would add the penalty
+        again. A proximal pull is no gradient and is not clipped.
 
         Args:
             parameters: As for torch's function, as are the others.
@@ -801,6 +809,17 @@ class EWCLoss:
 
     def _say_dropped(self, name: str) -> None:
         self._say_once(f"{name} is no longer in the model, or tied to another: its anchor and Fisher are dropped")
+
+    def _say_uncovered(self) -> None:
+        """Says which parameters to protect a loaded state knows nothing of."""
+        known = self._state.fisher  # made anew at every access
+        free = [name for name in self._selected if name not in known] if self.num_tasks else []
+        if free:
+            self._say_once(
+                f"the state does not cover {len(free)} of {len(self._selected)} parameters to protect, such as "
+                f"{free[0]}: they are free. If they are not new, load it into a model like the one it was saved from, "
+                "or consolidate again"
+            )
 
     def _say_once(self, message: str) -> None:
         if message not in self._said:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ewc_fast.fisher.modes import module_mode
 from ewc_fast.fisher.objectives import logits_of
-from ewc_fast.layout import unwrapped
+from ewc_fast.layout import check_materialised, unwrapped
 
 _CACHES = ("cache", "past_key_values")  # transformers renamed the argument
 _WHOLE = 2.0**52  # probabilities are summed in units of 1/_WHOLE
@@ -68,12 +68,13 @@ def sample_sequences(
     Raises:
         TypeError: A model that returns no logits, prompts that are no tensor, a generator that is none.
         ValueError: ``num_sequences`` or ``batch_size`` below 1, a ``length`` below 2 or beyond the model's positions, a
-            temperature that is not positive and finite, prompts of the wrong shape or dtype or out of the vocabulary,
-            logits that are not (B, T, V) or not finite.
+            temperature that is not positive and finite, a model on the meta device, prompts of the wrong shape or dtype
+            or out of the vocabulary, logits that are not (B, T, V) or not finite.
     """
     _check_arguments(num_sequences, length, generator, temperature, batch_size)
     model = unwrapped(model)
     device = device_of(model)
+    check_materialised(model, device)
     max_positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(max_positions, int) and 0 < max_positions < length:
         raise ValueError(f"length is {length}, but the model has only {max_positions} positions: use a smaller length")

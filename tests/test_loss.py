@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -694,6 +695,47 @@ def test_a_saved_state_is_the_same_state(backend: str, tmp_path) -> None:
         EWCLoss(model, mode="online").load(tmp_path / "state.safetensors")
     with pytest.raises(ValueError, match="protects '0.*', which is not among the parameters"):
         EWCLoss(nn.Linear(2, 2)).load(tmp_path / "state.safetensors")
+
+
+def layers(count: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(3, 3) for _ in range(count)))
+
+
+def saved_of(model: nn.Module) -> EWCLoss:
+    ewc = EWCLoss(model)
+    ewc.consolidate(fisher=random_fisher(model))
+    return ewc
+
+
+def test_loading_says_what_the_state_does_not_cover(tmp_path: Path) -> None:
+    saved_of(layers(2)).save(tmp_path / "ewc.safetensors")
+    ewc = EWCLoss(layers(4))
+    with pytest.warns(UserWarning, match=r"does not cover 4 of 8 parameters to protect, such as 2.weight: they are fr"):
+        ewc.load(tmp_path / "ewc.safetensors")
+    assert ewc.num_tasks == 1 and len(ewc.fisher) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ewc.load(tmp_path / "ewc.safetensors")  # once
+
+
+def test_loading_a_tied_state_into_an_untied_model_is_said() -> None:
+    tied = layers(2)
+    tied[1].weight = tied[0].weight
+    state = saved_of(tied).state_dict()
+    with pytest.warns(UserWarning, match=r"does not cover 1 of 4 parameters to protect, such as 1.weight"):
+        EWCLoss(layers(2)).load_state_dict(state)
+
+
+def test_loading_is_silent_where_nothing_to_protect_is_left_out() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state = saved_of(layers(2)).state_dict()
+        EWCLoss(layers(2)).load_state_dict(state)
+        EWCLoss(layers(3), params=["0.*", "1.*"]).load_state_dict(state)
+        larger = layers(3)
+        larger[2].requires_grad_(False)
+        EWCLoss(larger).load_state_dict(state)
+        EWCLoss(layers(3)).load_state_dict(EWCLoss(layers(2)).state_dict())  # no task yet
 
 
 def test_consolidate_from_a_loader(backend: str) -> None:

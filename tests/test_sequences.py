@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ewc_fast import ForgettingProbe, estimate_fisher
 from ewc_fast.sequences import draw, sample_sequences
 
 Z = 5  # standard deviations: a false alarm in 3 million
@@ -314,6 +315,15 @@ def test_model_without_logits() -> None:
 
     with pytest.raises(TypeError, match="must return the logits as a tensor or as .logits, got SimpleNamespace"):
         sample_sequences(NoLogits(), 2, 4)
+
+
+def test_models_on_the_meta_device_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"embedding.weight is on the meta device.*materialise"):
+        sample_sequences(Causal().to("meta"), 2, 4)
+    with pytest.raises(ValueError, match=r"embedding.weight is on the meta device.*materialise"):
+        ForgettingProbe(Causal().to("meta"), torch.zeros(2, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"^weight is on the meta device.*materialise"):
+        estimate_fisher(nn.Linear(2, 2, device="meta"), [(torch.randn(3, 2), torch.zeros(3, dtype=torch.long))])
 
 
 def test_length_beyond_the_positions() -> None:

@@ -42,13 +42,27 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return tree_unflatten([moved(t) for t in leaves], tree)
 
 
+def check_no_row(batch: Any) -> None:
+    """Raises for a row of a tokenised dataset, a single sample, whose tokens would pass for so many samples."""
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    numbers = isinstance(ids, (list, tuple)) and ids and isinstance(ids[0], int)
+    if numbers or (isinstance(ids, Tensor) and ids.dim() == 1):
+        raise ValueError(
+            "input_ids is one-dimensional: these are rows of a dataset: use "
+            "ewc_fast.integrations.transformers.consolidate, or stack them into batches (a DataLoader with the "
+            "tokenizer's collator does)"
+        )
+
+
 def batch_size(batch: Any) -> int:
     """The length of the first tensor's first dimension.
 
     Raises:
         TypeError: There is no tensor in it.
-        ValueError: The first tensor has no dimension.
+        ValueError: The first tensor has no dimension, or the batch is a row of a dataset.
     """
+    check_no_row(batch)
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     tensors = [first] if isinstance(first, Tensor) else tree_flatten(_plain(batch))[0]
     tensors = [t for t in tensors if isinstance(t, Tensor)]

@@ -19,7 +19,7 @@ from ewc_fast.fisher.fallback import NotVectorised, add_in_loop, add_vectorised
 from ewc_fast.fisher.modes import module_mode
 from ewc_fast.fisher.objectives import Objective, Target, make_objective
 from ewc_fast.fisher.rules import held_bytes, samples_at_once
-from ewc_fast.layout import select_parameters, unwrapped
+from ewc_fast.layout import check_materialised, select_parameters, unwrapped
 from ewc_fast.ops.fisher import fisher_accumulate_
 
 _LOOK_SAMPLES = 4  # of the batch, to find out where in each operation the samples lie
@@ -72,6 +72,8 @@ class FisherEstimator:
             raise ValueError(
                 "no parameter of the model requires grad: call requires_grad_(True) on those to estimate for"
             )
+        for p in selected.values():
+            check_materialised(model, p.device)
         self.kind, self._generator = kind, generator
         self._model = model = unwrapped(model)
         self.device = next(iter(selected.values())).device

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.layout import own_name, trainable_parameters
+from ewc_fast.optim.attach import had_coupled_penalty
 
 MOMENT = "exp_avg_sq"
 CHECKPOINT_FILES = ("optimizer.pt", "optimizer.bin")
@@ -44,8 +45,10 @@ def fisher_from_optimizer(
 
     What the moment cannot tell: after gradient clipping it is the clipped gradients' (the Hugging Face Trainer clips
     at a norm of 1 unless told otherwise), hence too small, by the square of the factor; whatever was added to the
-    gradient, as a penalty or coupled weight decay, is in it (the latter is warned of where the optimizer shows it); and
-    terms within a sequence or a duplicated batch are counted as if independent.
+    gradient is in it, as coupled weight decay or a penalty: warned of are weight decay that the optimizer shows and,
+    of a live optimizer, an EWC penalty that was attached as ``"coupled"``, now or before, but not one in the loss or by
+    ``accumulate_grad_`` (``"proximal"`` leaves the gradient alone); and terms within a sequence or a duplicated batch
+    are counted as if independent.
 
     Args:
         optimizer: An optimizer that keeps ``exp_avg_sq`` in fp32 or fp64 with a step and ``betas`` (Adam, AdamW, NAdam,
@@ -116,6 +119,13 @@ def fisher_from_optimizer(
         warnings.warn(
             f"the gradient of {decayed[0]} had weight decay added before its second moment was taken, which the "
             "estimate includes: AdamW keeps the two apart",
+            stacklevel=2,
+        )
+    if had_coupled_penalty(optimizer):
+        warnings.warn(
+            "a coupled EWC penalty has added its gradient to this optimizer's, so that the second moment, and with it "
+            "the estimate, holds the penalty's beside the task's: train with coupling='proximal', which adds none, or "
+            f"{_ESTIMATE}",
             stacklevel=2,
         )
     remembered = max(corrections[name] / (1 - float(entries[name][1]["betas"][1])) for name in params)
@@ -276,6 +286,11 @@ def _correction(name: str, entry: tuple[Mapping[str, Any], Mapping[str, Any]] | 
     moment, step = state.get(MOMENT), state.get("step", group.get("step"))
     if "betas" not in group and moment is not None:
         raise ValueError(f"the optimizer's group of {name} has no betas: it is not of Adam's family; {_ESTIMATE}")
+    if "betas" not in group:
+        raise ValueError(
+            f"the optimizer keeps no second moment of {name}, as plain SGD never does: only Adam's family does; "
+            f"{_ESTIMATE}"
+        )
     if moment is None or step is None or not float(step) >= 1:
         raise ValueError(
             f"{name} has no second moment: the optimizer has never stepped it with a gradient. Call "

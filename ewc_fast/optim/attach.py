@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COUPLINGS = ("coupled", "proximal")
 NOT_IN_OPTIMIZER = "none of the parameters that EWC protects is in the attached optimizer: the penalty has no effect"
 SCALE_KEY = "ewc_lambda_scale"  # of a parameter group: a factor of lambda
+_MARK = "_ewc_penalty_in_gradients"  # an attribute of the optimizer
 
 _numbers = count()
 
@@ -28,6 +29,15 @@ def check_coupling(coupling: str) -> None:
     """Raises unless there is such a coupling."""
     if coupling not in COUPLINGS:
         raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}")
+
+
+def had_coupled_penalty(optimizer: object) -> bool:
+    """Whether an attached penalty's gradient has ever joined those of an optimizer, or of the one that it wraps."""
+    while isinstance(optimizer, torch.optim.Optimizer):
+        if getattr(optimizer, _MARK, False):
+            return True
+        optimizer = getattr(optimizer, "optimizer", None)
+    return False
 
 
 class Attachment:
@@ -51,6 +61,15 @@ class Attachment:
         self._names: set[str] = set()
         self._added: list[tuple[Tensor, weakref.ref[Tensor], int]] | None = None  # parameter, gradient, its version
         self._steps = 0
+        self._marked = coupling != "coupled"
+
+    def mark(self) -> None:
+        """Notes on the optimizer, for good, that the penalty's gradient has joined its own; see
+        :func:`had_coupled_penalty`."""
+        optimizer = self._optimizer()
+        if not self._marked and optimizer is not None:
+            setattr(optimizer, _MARK, True)
+            self._marked = True
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ewc_fast import EWCLoss
+from ewc_fast import EWCAdamW, EWCLoss
 from ewc_fast.fisher.from_optimizer import fisher_from_optimizer
 
 TERMS = 48
@@ -313,7 +313,7 @@ def test_terms_per_step_is_checked(terms: Any) -> None:
         (torch.optim.Adafactor, {}, "factored into rows and columns"),
         (torch.optim.Adamax, {}, "keeps no exp_avg_sq .*exp_inf"),
         (torch.optim.SGD, {"momentum": 0.9}, "keeps no exp_avg_sq .*momentum_buffer"),
-        (torch.optim.SGD, {}, "weight has no second moment"),
+        (torch.optim.SGD, {}, "no second moment of weight, as plain SGD"),
         (torch.optim.RMSprop, {}, "keeps no exp_avg_sq .*square_avg"),
     ],
 )
@@ -424,6 +424,93 @@ def test_weight_decay_in_the_gradient_is_warned_of(source: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fisher_from_optimizer(optimizer, TERMS, model)
+
+
+COUPLED = {
+    "attached": lambda model, ewc, coupling: attached(model, ewc, coupling),
+    "EWCAdamW": lambda model, ewc, coupling: EWCAdamW(model.parameters(), ewc=ewc, coupling=coupling),
+    "wrapped": lambda model, ewc, coupling: Wrapper(attached(model, ewc, coupling)),
+}
+
+
+def attached(model: nn.Module, ewc: EWCLoss, coupling: str) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters())
+    ewc.attach(optimizer, coupling)
+    return optimizer
+
+
+class Wrapper(torch.optim.Optimizer):
+    """What Accelerate's prepared optimizers are: one around another."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step()
+
+
+def penalised(model: nn.Module, ewc_lambda: float = 10.0) -> EWCLoss:
+    ewc = EWCLoss(model, ewc_lambda, damping=0.1)
+    ewc.consolidate(fisher={n: torch.rand_like(p) for n, p in model.named_parameters() if p.requires_grad})
+    return ewc
+
+
+def estimate_silently(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fisher_from_optimizer(optimizer, TERMS, model)
+
+
+@pytest.mark.parametrize("make", COUPLED.values(), ids=COUPLED.keys())
+def test_a_coupled_penalty_in_the_gradient_is_warned_of(make: Any) -> None:
+    model = Net()
+    ewc = penalised(model)
+    optimizer = make(model, ewc, "coupled")
+    train(model, optimizer, steps=2)
+    with pytest.warns(UserWarning, match="coupled EWC penalty.*coupling='proximal'.*estimate_fisher"):
+        fisher_from_optimizer(optimizer, TERMS, model)
+    model = Net()
+    optimizer = make(model, penalised(model), "proximal")
+    train(model, optimizer, steps=2)
+    estimate_silently(optimizer, model)
+
+
+def test_a_coupled_penalty_is_warned_of_after_its_handle_is_removed() -> None:
+    model = Net()
+    ewc = penalised(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    handle = ewc.attach(optimizer)
+    train(model, optimizer, steps=1)
+    handle.remove()
+    train(model, optimizer, steps=1)
+    with pytest.warns(UserWarning, match="coupled EWC penalty"):
+        fisher_from_optimizer(optimizer, TERMS, model)
+
+
+def test_a_coupled_penalty_that_never_acted_is_not_warned_of() -> None:
+    for ewc_lambda, consolidated in ((0.0, True), (10.0, False)):
+        for make in (COUPLED["attached"], COUPLED["EWCAdamW"]):
+            model = Net()
+            ewc = penalised(model, ewc_lambda) if consolidated else EWCLoss(model, ewc_lambda)
+            optimizer = make(model, ewc, "coupled")
+            train(model, optimizer, steps=1)
+            estimate_silently(optimizer, model)
+
+
+@pytest.mark.parametrize("source", ["optimizer", "state dict"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_keeps_no_second_moment(source: str, momentum: float) -> None:
+    model, optimizer = stepped(torch.optim.SGD, momentum=momentum)
+    with pytest.raises(ValueError, match="the optimizer keeps no .*only Adam's family does; estimate it") as error:
+        fisher_from_optimizer(optimizer if source == "optimizer" else optimizer.state_dict(), TERMS, model)
+    assert "never stepped" not in str(error.value)
+    assert momentum or "second moment of weight, as plain SGD" in str(error.value)
 
 
 def test_malformed_sources(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ewc_fast import ForgettingProbe
+from ewc_fast import EWCLoss, ForgettingProbe
 from ewc_fast.fisher import FisherEstimator, estimate_fisher
 from tests.fisher import brute_force
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
@@ -510,3 +510,34 @@ def test_nan_in_padding_does_not_matter() -> None:
     assert all(f.isfinite().all() for f in expected.values())
     model = Leaky().double()
     compare(model, [batch], "empirical")
+
+
+def as_lists(row: dict[str, Tensor]) -> dict[str, Any]:
+    return {key: value.tolist() for key, value in row.items()}
+
+
+@pytest.mark.parametrize("make", [dict, as_lists], ids=["tensors", "lists"])
+def test_rows_of_a_dataset_are_refused(make: Any) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(VOCABULARY, VOCABULARY)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.embedding(input_ids)
+
+    model = Reader()
+    tokens = torch.randint(VOCABULARY, (5,))
+    rows = [make({"input_ids": tokens, "labels": tokens.clone()}) for _ in range(2)]
+    refused = r"input_ids is one-dimensional: these are rows of a dataset: use .*consolidate, or stack them into batche"
+    for loader in (rows, [rows]):  # a loader that stacks nothing
+        with pytest.raises(ValueError, match=f"batch 0: {refused}"):
+            estimate_fisher(model, loader, "empirical", "causal_lm")
+        with pytest.raises(ValueError, match=f"batch 0: {refused}"):
+            EWCLoss(model).consolidate(loader, kind="batch")
+        with pytest.raises(ValueError, match=f"batch 0 of the samples: {refused}"):
+            ForgettingProbe(model, loader)
+    with pytest.raises(ValueError, match=refused):
+        ForgettingProbe(model, rows[0])
+    with pytest.raises(ValueError, match=refused):
+        estimate_fisher(model, [(rows[0], tokens)], "empirical")
