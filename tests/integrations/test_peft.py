@@ -37,6 +37,9 @@ from transformers import (  # noqa: E402
 from ewc_fast.integrations.peft import check_adapters, from_peft_names, to_peft_names  # noqa: E402
 from ewc_fast.integrations.transformers import EWCCallback, consolidate  # noqa: E402
 
+# peft 0.18, of a model without a name.
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")
+
 LAMBDA, LR, TOKENS = 30.0, 0.1, 6
 BASE = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
 
@@ -135,9 +138,6 @@ def test_an_adapter_added_later_is_free_until_it_is_consolidated() -> None:
     assert ewc.info is not None and ewc.info["loss"] == "causal_lm"  # the model inside is what counts
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Could not find a config file in:UserWarning"
-)  # peft 0.18, of a model without a name
 def test_checkpoint_names(tmp_path: Path) -> None:
     config = lora(task_type="SEQ_CLS")  # whose classification layer is saved whole
     base = LlamaForSequenceClassification(LlamaConfig(**BASE, num_labels=3, pad_token_id=0))
@@ -190,9 +190,7 @@ def test_an_adapter_named_like_a_module_costs_no_entry(names: tuple[str, str]) -
         assert len(own) == 8 and back.keys() == own.keys() and all(torch.equal(back[n], own[n]) for n in own)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Setting `save_embedding_layers` to `True`", "ignore:Could not find a config file in"
-)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 @pytest.mark.parametrize(
     "config",
     [

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ewc_fast import EWCSGD, EWCAdamW, EWCBudget, EWCLoss, ForgettingProbe
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from transformers import (  # noqa: E402
@@ -34,7 +34,21 @@ from transformers import (  # noqa: E402
 
 from ewc_fast.integrations.transformers import EWCCallback, consolidate  # noqa: E402
 
+# Of transformers 4: what it calls in bf16 on a CPU; checkpoints within a second; BERT looks at its mask's values.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning"),
+]
+if transformers.__version__ < "5":
+    pytestmark += [pytest.mark.filterwarnings("ignore:BertForSequenceClassification cannot run under torch.vmap")]
+
 LAMBDA, LR, STEPS, TOKENS = 30.0, 0.05, 4, 6
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In transformers 4 a Trainer in bf16 leaves its precision in the environment, to all that come after it."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
 
 def make_model() -> LlamaForCausalLM:
