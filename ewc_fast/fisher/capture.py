@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ewc_fast.fisher.rules import (
     VECTORS,
     Broadcast,
     Convolution,
+    OfTable,
     OfVectors,
     Product,
     Rows,
@@ -223,6 +225,45 @@ def _expand(is_p: Any, p: Any, input: Tensor, *sizes: Any) -> Any:
     return y.contiguous(), {"other": (input, Broadcast(input.shape), None)}
 
 
+# Where a first dimension of 1 becomes that of the other tensors.
+_BROADCASTING = frozenset({F.scaled_dot_product_attention, torch.where, Tensor.where})
+_BROADCASTING |= {torch.masked_fill, Tensor.masked_fill}
+for _name in ("add", "sub", "mul"):
+    _BROADCASTING |= {getattr(torch, _name), getattr(Tensor, _name), getattr(Tensor, _name + "_")}
+    _BROADCASTING |= {getattr(Tensor, f"__{_which}{_name}__") for _which in ("", "r", "i")}
+
+
+@dataclass
+class _Shared:
+    """What an embedding gives to all samples, or what is made of that alone."""
+
+    tensor: Tensor  # kept: another one might get its id
+    table: Tensor  # the embedding's weight, with a graph from here to the tensor
+    rows: Rows | None = None  # of the embedding itself
+    ids: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.version = self.tensor._version
+
+    def rule(self, of: Broadcast) -> Broadcast:
+        given = of.shape, of.times_x, of.channels, of.negative, of.of
+        if self.rows is not None:
+            return SharedRows(*given, self.rows, self.ids)
+        return OfTable(*given, self.tensor, self.table)
+
+
+def _own_graph() -> Any:
+    """A graph that keeps copies: nothing that is changed later, nor what a checkpoint frees."""
+    return torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t)
+
+
+def _are_relative(ids: Tensor) -> bool:
+    """Whether an embedding's numbers tell how far two positions are apart, and in which order: so not of one sample."""
+    if ids.dim() != 2 or ids.shape[0] != ids.shape[1] or len(ids) < 2:
+        return False
+    return bool((ids[1:, 1:] == ids[:-1, :-1]).all() & (ids[0, 1] != ids[1, 0]))
+
+
 _without_override: dict[Any, Any] = {}
 
 
@@ -329,7 +370,7 @@ class Capture(TorchFunctionMode):
         self._lengths: set[int] = set()
         self._count: dict[str, int] = {}
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
-        self._shared: dict[int, tuple[Tensor, Rows, Tensor]] = {}
+        self._shared: dict[int, _Shared] = {}
         self._squares: dict[tuple[str | None, ...], Tensor] = {}
         self._more = torch.zeros((), dtype=torch.bool)  # _again, where native taps read it
         self._held: dict[str, list[Tensor]] = {}
@@ -371,12 +412,19 @@ class Capture(TorchFunctionMode):
         elif isinstance(func, types.FunctionType) and func.__module__ == "torch.nn.functional":
             with self:
                 return _body(func)(*args, **kwargs)
+        if any(id(t) in self._shared for t in _tensors(args, kwargs)):
+            return self._of_shared(func, args, kwargs, found)
         result = func(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            self.without_graph |= not self._backward and isinstance(result, Tensor)
-        elif _needs_grad(result) and not any(result is a for a in args):
+        if self._is_unknown(result, args):
             self._uncover(found)
         return result
+
+    def _is_unknown(self, result: Any, args: Any) -> bool:
+        """Whether an operation without a rule lets an ordinary gradient through."""
+        if not torch.is_grad_enabled():
+            self.without_graph |= not self._backward and isinstance(result, Tensor)
+            return False
+        return _needs_grad(result) and not any(result is a for a in args)
 
     def _linear_again(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """F.linear of parameters that were tapped natively before: what the rest comes to, in a third of the time."""
@@ -472,10 +520,9 @@ class Capture(TorchFunctionMode):
                 silent.append(name)
                 continue
             if id(t) in self._shared:
-                if type(rule) is not Broadcast:
+                if type(rule) is not Broadcast or not self._leads_back(self._shared[id(t)]):
                     return None
-                _, rows, ids = self._shared[id(t)]
-                rule = SharedRows(rule.shape, rule.times_x, rule.channels, rule.negative, rule.of, rows, ids)
+                rule = self._shared[id(t)].rule(rule)
             names.append(name)
             rules.append(rule)
             xs.append(x)
@@ -493,7 +540,7 @@ class Capture(TorchFunctionMode):
                 use = self._embedded.setdefault(name, SINGLE if len(ids) == self._size else SHARED)
                 if use == SINGLE and len(ids) != self._size:
                     return None  # used in both ways
-            if ids.shape[0] == 1 or (ids.dim() == 1 and self._embedded[name] == SHARED):
+            if ids.shape[0] == 1 or (ids.dim() == 1 and self._embedded[name] == SHARED) or _are_relative(ids):
                 return self._share(y, name, rules[0], ids)
         layouts: set[str] = set()
         if self._looking:
@@ -597,15 +644,81 @@ class Capture(TorchFunctionMode):
 
     def _share(self, y: Tensor, name: str, rows: Rows, ids: Tensor) -> Tensor:
         """What an embedding gives to all samples is seen like a parameter, in whose gradient the samples are apart."""
-        y = y.detach().requires_grad_()
+        table = self._leaves[name].detach()
+        if len(table) <= ids.numel():  # a row's gradients may be many, which half precision cannot sum
+            table = table.to(torch.promote_types(y.dtype, torch.float32))
+        with _own_graph():
+            y = F.embedding(ids, table.requires_grad_(), rows.padding).to(y.dtype)
         self._names[id(y)] = name
-        self._shared[id(y)] = (y, rows, ids)
+        self._shared[id(y)] = _Shared(y, table, rows, ids)
         return y
+
+    def _of_shared(self, func: Any, args: Any, kwargs: Any, found: list[str]) -> Any:
+        """An operation without a rule on what all samples share, and perhaps on more."""
+        if func in _BROADCASTING:
+            args, kwargs = self._given_to_each(args, kwargs)
+            if not self._found(args, kwargs):
+                return func(*args, **kwargs)
+        with _own_graph():
+            result = func(*args, **kwargs)
+        unknown = self._is_unknown(result, args)
+        made = self._made_of_shared(func, result, args, kwargs)
+        if made is not None:
+            self._shared[id(result)], self._names[id(result)] = made, found[0]
+        elif unknown or self._is_changed(args, kwargs):
+            self._uncover(found)
+        return result
+
+    def _made_of_shared(self, func: Any, result: Any, args: Any, kwargs: Any) -> _Shared | None:
+        """What an operation has made of what all samples share, if of that alone: they share it as well."""
+        if not isinstance(result, Tensor) or not result.is_floating_point() or id(result) in self._names:
+            return None
+        if torch.is_grad_enabled() and not result.requires_grad:
+            return None
+        table: Tensor | None = None
+        for t in _tensors(args, kwargs):
+            of = self._shared.get(id(t))
+            if of is None and t.requires_grad:
+                return None
+            if of is not None and func in _BROADCASTING and t.shape[:1] == (1,) != result.shape[:1]:
+                return None  # another batch may have as many samples as this has become
+            if of is not None and table is not None and of.table is not table:
+                return None
+            table = table if of is None else of.table
+        return None if table is None else _Shared(result, table)
+
+    def _given_to_each(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """An operation's arguments: where some have every sample, what all share is repeated for each, and tapped."""
+        tensors = list(_tensors(args, kwargs))
+        given: dict[int, Tensor] = {}
+        for t in tensors:
+            parted = any(other.dim() == t.dim() and other.shape[:1] == (self._size,) for other in tensors)
+            if id(t) in self._shared and parted and t.shape[0] == 1:
+                each = t.detach().expand(self._size, *t.shape[1:])
+                tapped = self._tapped(each, {"other": (t, Broadcast(t.shape), None)})
+                given.update({} if tapped is None else {id(t): tapped})
+        return [given.get(id(a), a) for a in args], {key: given.get(id(a), a) for key, a in kwargs.items()}
+
+    def _leads_back(self, shared: _Shared) -> bool:
+        """Whether gradients of several samples at once find their way to the table; tried while nothing is lost."""
+        y = shared.tensor
+        if not (self._looking and torch.is_grad_enabled() and y.requires_grad):
+            return y.requires_grad or not torch.is_grad_enabled()
+        try:
+            shared.rule(Broadcast(y.shape)).per_sample(y, y.new_zeros(2, *y.shape))
+        except RuntimeError:
+            return False
+        return True
+
+    def _is_changed(self, args: Any, kwargs: Any) -> bool:
+        """Whether an operation changed what all samples share: taps before it would take the graph after it."""
+        shared = [self._shared[id(t)] for t in _tensors(args, kwargs) if id(t) in self._shared]
+        return any(s.tensor._version != s.version for s in shared)
 
     def out_of_sight(self) -> list[str]:
         """After the backward: parameters that got an ordinary gradient, or whose shared rows did."""
         seen = [name for name, leaf in self._leaves.items() if leaf.grad is not None]
-        return seen + [self._names[i] for i, (y, _, _) in self._shared.items() if y.grad is not None]
+        return seen + [self._names[i] for i, shared in self._shared.items() if shared.table.grad is not None]
 
     def _may_be(self, layout: str, y: Tensor, rules: list[Rule]) -> bool:
         """Whether an operation's output may have its samples there."""
@@ -665,6 +778,9 @@ class Capture(TorchFunctionMode):
             else:
                 rule.add_squares_(total, x, g)
             return
+        if isinstance(rule, OfTable) and len(g) * total.numel() < g.numel():  # there are less of these to keep
+            x = g = rule.per_sample(x, g)
+            rule = Broadcast(total.shape)
         waiting = self._waiting.setdefault(name, [])
         waiting.append((rule, x, g))
         if len(waiting) == self._count[name]:

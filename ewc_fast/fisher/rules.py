@@ -239,6 +239,22 @@ class SharedRows(Broadcast):
 
 
 @dataclass
+class OfTable(Broadcast):
+    """What is made of an embedding that all samples share, as of relative positions, and broadcast against x."""
+
+    made: Tensor | None = None
+    table: Tensor | None = None  # the weight, from which the graph of what is made begins
+
+    def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
+        assert self.made is not None and self.table is not None
+        g = super().per_sample(x, g).to(self.made.dtype)
+        return torch.autograd.grad(self.made, self.table, g, retain_graph=True, is_grads_batched=True)[0]
+
+    def is_of_vectors(self, y: Tensor) -> bool:
+        return False
+
+
+@dataclass
 class Convolution(PerSample):
     """A convolution's weight, from windows of the padded input."""
 

@@ -290,6 +290,11 @@ def cut(t: Tensor) -> Tensor:
     return t / t.detach().norm()
 
 
+def without_graph(function: Any) -> Tensor:
+    with torch.no_grad():
+        return function()
+
+
 COMBINATIONS: dict[str, tuple[Any, str]] = {
     "one_row": (lambda x, p, n: x + p(torch.arange(n)[None]), "hooks"),
     "no_row": (lambda x, p, n: x + p(torch.arange(n)), "hooks"),
@@ -300,8 +305,11 @@ COMBINATIONS: dict[str, tuple[Any, str]] = {
     "repeated": (lambda x, p, n: x + p(torch.arange(n) // 2), "hooks"),
     "twice": (lambda x, p, n: (x + p(torch.arange(n))).sin() - p(torch.arange(n) // 3), "hooks"),
     "one_twice": (lambda x, p, n: (lambda q: (x + q).sin() - q)(p(torch.arange(n))), "hooks"),
-    "normed": (lambda x, p, n: x + cut(p(torch.arange(n)[None])), "vmap"),
-    "its_shape": (lambda x, p, n: (lambda q: x + q / q.shape[0])(p(torch.arange(n)[None])), "vmap"),
+    "normed": (lambda x, p, n: x + cut(p(torch.arange(n)[None])), "hooks"),
+    "its_shape": (lambda x, p, n: (lambda q: x + q / q.shape[0])(p(torch.arange(n)[None])), "hooks"),
+    "moved_twice": (lambda x, p, n: (lambda q: (x + q.t().t()).sin() - q)(p(torch.arange(n))), "hooks"),
+    "kept": (lambda x, p, n: x + torch.where(x > 0, p(torch.arange(n)[None]), 0.5), "hooks"),
+    "no_grad": (lambda x, p, n: x + without_graph(lambda: p(torch.arange(n))) + p(torch.arange(n)), "vmap"),
     "expanded": (lambda x, p, n: x + p(torch.arange(n)[None]).expand(len(x), -1, -1), "vmap"),
     "for_each": (lambda x, p, n: x + p(torch.arange(n)[None].expand(len(x), -1)), "hooks"),
 }
@@ -315,6 +323,173 @@ def test_shared_embeddings(combination: str, length: int) -> None:
     found = against_single_samples(Embedded(combine), token_batches((8, length), (3, length)))
     if length == 6 and combination != "expanded":
         assert found == method
+
+
+class Negated(torch.autograd.Function):
+    """Nothing that a mode could see."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return -x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return -g
+
+
+class RelativeBias(nn.Module):
+    """Attention with a bias for each distance, (1, heads, length, length), the same for all samples and layers."""
+
+    heads = 4  # as many as the samples that are looked at
+
+    def __init__(self, combine: Any, layers: int, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.tokens, self.bias, self.head = nn.Embedding(20, 8), nn.Embedding(5, self.heads), nn.Linear(8, NUM_CLASSES)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+        self.scale, self.other = nn.Parameter(torch.rand(()) + 0.5), nn.Embedding(5, self.heads)
+        self.combine, self.reentrant = combine, reentrant
+
+    def block(self, x: Tensor, keep: Tensor, layer: nn.Module, bias: Tensor | None) -> Tensor:
+        bias = self.make_bias(x.shape[1]) if bias is None else bias
+        heads = layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x + self.combine(self, heads, bias, keep).transpose(1, 2).flatten(2)
+
+    def make_bias(self, length: int, table: nn.Embedding | None = None) -> Tensor:
+        place = torch.arange(length)
+        return (table or self.bias)((place - place[:, None]).clamp(-2, 2) + 2).permute(2, 0, 1).unsqueeze(0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, keep = self.tokens(ids), (ids % 7 != 0)[:, None, None]
+        bias = self.make_bias(ids.shape[1]) if self.reentrant is None else None
+        for layer in self.layers:
+            if self.reentrant is None:
+                x = self.block(x, keep, layer, bias)
+            else:
+                x = torch.utils.checkpoint.checkpoint(self.block, x, keep, layer, None, use_reentrant=self.reentrant)
+        return self.head(torch.tanh(x).mean(1))
+
+
+def scores(h: Tensor) -> Tensor:
+    return h @ h.transpose(2, 3)
+
+
+def softly(scores: Tensor, h: Tensor) -> Tensor:
+    return scores.softmax(-1) @ h
+
+
+def attend(h: Tensor, bias: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(h, h, h, attn_mask=bias.contiguous(), scale=1.0)
+
+
+def future(b: Tensor) -> Tensor:
+    return torch.ones(b.shape[-2:], dtype=torch.bool).tril()[None, None]
+
+
+def doubled(b: Tensor) -> Tensor:
+    b = b.contiguous()
+    b *= 2
+    return b
+
+
+BIASES: dict[str, tuple[Any, str]] = {
+    "attention": (lambda m, h, b, keep: attend(h, b), "hooks"),
+    "masked": (lambda m, h, b, keep: attend(h, torch.where(keep, b, -9.0)), "hooks"),
+    "where_not": (lambda m, h, b, keep: attend(h, torch.where(~keep, -9.0, b)), "hooks"),
+    "its_where": (lambda m, h, b, keep: attend(h, b.where(keep, -9.0)), "hooks"),
+    "filled": (lambda m, h, b, keep: attend(h, b.masked_fill(~keep, -9.0)), "hooks"),
+    "causal": (lambda m, h, b, keep: attend(h, torch.where(future(b), b, -9.0)), "hooks"),
+    "mask_added": (lambda m, h, b, keep: attend(h, b + -9.0 * ~keep), "hooks"),
+    "added": (lambda m, h, b, keep: softly(scores(h) + b, h), "hooks"),
+    "added_in_place": (lambda m, h, b, keep: softly(scores(h).add_(b), h), "hooks"),
+    "first_added_in_place": (lambda m, h, b, keep: softly(scores(h).add_(b[0]), h), "other"),
+    "subtracted": (lambda m, h, b, keep: softly(scores(h) - b, h), "hooks"),
+    "times": (lambda m, h, b, keep: softly(scores(h) * b, h), "hooks"),
+    "without_the_first": (lambda m, h, b, keep: softly(scores(h) + b[0], h), "hooks"),
+    "function": (lambda m, h, b, keep: softly(scores(h) + 2 * torch.tanh(b).flip(-1), h), "hooks"),
+    "twice": (lambda m, h, b, keep: softly((scores(h) + b).tanh() - b[..., :1] * b.mean(), h), "hooks"),
+    "detached": (lambda m, h, b, keep: softly(scores(h) + b + b.detach(), h), "hooks"),
+    "of_several": (
+        lambda m, h, b, keep: attend(h, (b * torch.arange(7.0).view(7, 1, 1, 1).to(b)).mean(0, True)),
+        "other",
+    ),
+    "two_tables": (lambda m, h, b, keep: attend(h, b + m.make_bias(h.shape[2], m.other)), "other"),
+    "twice_made": (lambda m, h, b, keep: attend(h, b.sin() + m.make_bias(h.shape[2])), "other"),
+    "apart": (lambda m, h, b, keep: softly(scores(h) + b + m.make_bias(h.shape[2], m.other), h), "hooks"),
+    "times_parameter": (lambda m, h, b, keep: attend(h, b * m.scale), "other"),
+    "joined": (lambda m, h, b, keep: softly(scores(h) + torch.cat([b[:, :2], b[:, 2:]], 1), h), "hooks"),
+    "in_pieces": (lambda m, h, b, keep: softly(scores(h) + b.chunk(2, 1)[1].repeat(1, 2, 1, 1), h), "other"),
+    "in_place": (lambda m, h, b, keep: softly(scores(h) + doubled(b), h), "other"),
+    "changed_later": (lambda m, h, b, keep: (lambda c: softly(scores(h) + c + c.mul_(2), h))(b.sin()), "other"),
+    "plus_hidden": (lambda m, h, b, keep: attend(h, torch.maximum(b, scores(h))), "other"),
+    "out_of_sight": (lambda m, h, b, keep: attend(h, Negated.apply(b)), "hooks"),
+    "no_grad": (lambda m, h, b, keep: attend(h, without_graph(lambda: b * 2) + 0.1 * scores(h)), "hooks"),
+    "partly": (lambda m, h, b, keep: attend(h, b + without_graph(lambda: b * 2) * keep), "hooks"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap", "ignore:.*cannot run on a few samples")
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("case", BIASES)
+def test_relative_positions(case: str, layers: int) -> None:
+    """As many samples as positions and heads, fewer and more."""
+    combine, method = BIASES[case]
+    found = against_single_samples(RelativeBias(combine, layers), token_batches((4, 4), (7, 5), (5, 5), (2, 4), (3, 1)))
+    assert (found == "hooks") is (method == "hooks")
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("case", ["attention", "masked", "causal", "added", "twice"])
+def test_relative_positions_in_checkpoints(case: str, reentrant: bool) -> None:
+    """Each of which makes the bias anew."""
+    for layers in (1, 2):
+        model = RelativeBias(BIASES[case][0], layers, reentrant)
+        assert against_single_samples(model, token_batches((4, 4), (7, 5), (5, 5), (2, 4))) == "hooks"
+
+
+def test_long_sums_of_relative_positions_in_bf16() -> None:
+    """As many ones as there are places of each distance: from 256 on, another one is lost in bf16."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            place = torch.arange(x.shape[-1])
+            bias = self.table((place - place[:, None]).clamp(-2, 2) + 2)
+            return (x * bias.permute(2, 0, 1)[None]).sum((1, 2, 3))[:, None] * 2**-10
+
+    model, n = Counts().bfloat16(), 48
+    x = torch.ones(3, 1, n, n, dtype=torch.bfloat16)
+    fisher = estimate_fisher(model, [x], "exact", "gaussian")
+    counts = torch.tensor([(n - 1) * (n - 2) / 2, n - 1, n, n - 1, (n - 1) * (n - 2) / 2])
+    assert fisher.info.method == "hooks"
+    torch.testing.assert_close(fisher["table.weight"][:, 0], (counts * 2**-10).square())
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+def test_a_square_of_tokens_is_no_relative_position(size: int) -> None:
+    """As many tokens as samples: types of segments, places after padding on the left, one token everywhere."""
+
+    class Typed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.types, self.head = nn.Embedding(20, 5), nn.Embedding(9, 5), nn.Linear(5, NUM_CLASSES)
+
+        def forward(self, ids: Tensor, types: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.tokens(ids) + self.types(types)).mean(1))
+
+    place = torch.arange(size)
+    model = Typed()
+    for types in (
+        torch.zeros(size, size).long(),
+        (place[None] > place[:, None] + 1).long(),
+        (place - place[:, None]).abs(),
+    ):
+        x = (torch.randint(20, (size, size)), types)
+        fisher = estimate_fisher(model, [(x, torch.randint(NUM_CLASSES, (size,)))], "empirical")
+        assert fisher.info.method == "hooks"
 
 
 ADDED: dict[str, Any] = {

@@ -53,17 +53,14 @@ def gpt2() -> nn.Module:
     return shaken(transformers.GPT2LMHeadModel(config))
 
 
-def t5() -> nn.Module:
+def t5(**options: Any) -> nn.Module:
+    shape = {"d_model": WIDTH, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2}
     config = transformers.T5Config(
         vocab_size=VOCABULARY,
-        d_model=WIDTH,
-        d_kv=4,
-        d_ff=12,
-        num_layers=1,
-        num_heads=2,
         decoder_start_token_id=0,
         pad_token_id=0,
         feed_forward_proj="gated-gelu",
+        **{**shape, **options},
     )
     return shaken(transformers.T5ForConditionalGeneration(config))
 
@@ -354,6 +351,44 @@ def test_sequence_to_sequence(make: Callable[[], nn.Module], kind: str) -> None:
     batches = [sequence_pair(size) for size in (4, 3, 1)]
     info = compare(make(), batches, kind, "cross_entropy").info
     assert (info.unit, info.num_terms) == ("label", sum(int((b["labels"] != -100).sum()) for b in batches))
+
+
+def relative_batch(size: int, masked: bool = True, length: int = 4) -> dict[str, Tensor]:
+    """``length``: of the decoder."""
+    labels = torch.randint(1, VOCABULARY, (size, length))
+    labels[0, 2:] = -100
+    batch = {**padded(size), "labels": labels, "decoder_input_ids": shifted(labels)}
+    if masked:
+        batch["decoder_attention_mask"] = torch.ones_like(labels)
+        batch["decoder_attention_mask"][-1, length - 1 :] = 0
+    else:
+        del batch["attention_mask"]
+    return batch
+
+
+@pytest.mark.filterwarnings("error:.*cannot run")
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "whole"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["exact", *KINDS])
+def test_relative_positions(kind: str, attention: str, masked: bool) -> None:
+    """Tables that samples and layers share; as many samples as the encoder has positions, the decoder, and others."""
+    batches = [relative_batch(size, masked) for size in (4, LENGTH, 7, 2, 1)]
+    fisher = compare(t5(num_layers=2, attn_implementation=attention), batches, kind, "cross_entropy")
+    assert fisher.info.method == ("batch" if kind == "batch" else "hooks")
+
+
+@pytest.mark.filterwarnings("error:.*cannot run")
+@pytest.mark.parametrize("shape", [{"num_heads": 4}, {"num_heads": 1}, {"relative_attention_num_buckets": 4}])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_relative_positions_of_other_shapes(attention: str, shape: dict[str, int]) -> None:
+    """As many heads as samples, one head, several positions in a bucket; a decoder of one to two tokens."""
+    model = t5(num_layers=3, num_decoder_layers=1, attn_implementation=attention, **shape)
+    batches = [
+        relative_batch(size, masked, length) for size, masked, length in ((4, True, 4), (4, False, 2), (2, True, 2))
+    ]
+    assert compare(model, batches, "empirical", "cross_entropy").info.method == "hooks"
+    batches[0] = relative_batch(4, True, length=1)  # to which every position is the same: no gradient
+    compare(model, batches[::-1], "empirical", "cross_entropy")
 
 
 @pytest.mark.parametrize("make", [t5, bart])
