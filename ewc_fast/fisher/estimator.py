@@ -95,7 +95,7 @@ class FisherEstimator:
         self._status: dict[str, str] = {}
         self._looks: dict[str, int] = {}
         self._embedded: dict[str, str] = {}
-        self._each: tuple[int, int] | None = None  # backwards, and bytes of the layers' outputs for a sample, if known
+        self._output_bytes = 0  # of the layers for a sample, where a batch may be taken in parts
         self._hold = held_bytes(self.device)
         self._often: set[str] = set()
         self._native: dict[tuple[str | None, str | None], tuple[Tensor, Tensor | None]] = {}
@@ -328,11 +328,10 @@ class FisherEstimator:
     def _parts(self, size: int) -> list[slice]:
         """What to take at a time of a batch of so many samples."""
         parts, self._hold = 1, held_bytes(self.device)
-        if self._each is not None and self._why_uncovered is None:
-            backwards, output_bytes = self._each
-            parts = size // samples_at_once(size, backwards, output_bytes, self.device)
+        if self._output_bytes and self._why_uncovered is None:
+            parts = size // samples_at_once(size, self._output_bytes, self.device)
             if parts > 1:
-                self._hold = min(self._hold, (size - size // parts) * output_bytes)
+                self._hold = min(self._hold, (size - size // parts) * self._output_bytes)
         return [slice(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
 
     def _add_per_sample(self, batch: Any, size: int) -> int:
@@ -416,7 +415,7 @@ class FisherEstimator:
             self._status = before
             return self._look_at(part, few)
         if self.kind == "exact" and z.dim() == 2:
-            self._each = z.shape[1], capture.output_bytes // few
+            self._output_bytes = capture.output_bytes // few
         direct = capture.out_of_sight()
         for name in direct:
             self._status[name] = UNCOVERED
@@ -563,7 +562,7 @@ class FisherEstimator:
             "methods": sorted(self._methods),
             "settings": self._objective.settings(),
             "status": [dict(self._status), dict(self._looks), dict(self._embedded)],
-            "each": self._each,
+            "output_bytes": self._output_bytes,
             "reentrant": self._reentrant,
             "generator": None if self._generator is None else self._generator.get_state(),
         }
@@ -600,7 +599,7 @@ class FisherEstimator:
         self._checked = 0
         self._methods = set(state["methods"])
         self._status, self._looks, self._embedded = (dict(known) for known in state["status"])
-        self._each = None if (each := state.get("each")) is None else (int(each[0]), int(each[1]))
+        self._output_bytes = int(state.get("output_bytes", 0))
         self._reentrant = bool(state.get("reentrant", False))
         self._native.clear()
 

@@ -42,7 +42,7 @@ def held_bytes(device: torch.device) -> int:
     return _HELD_BYTES.get(device.type, _HELD_BYTES_ELSEWHERE)
 
 
-def samples_at_once(size: int, cotangents: int, output_bytes: int, device: torch.device) -> int:
+def samples_at_once(size: int, output_bytes: int, device: torch.device) -> int:
     """Into parts of how many samples to divide a batch that has several backwards.
 
     So that the part's graph, which stays until its last backward, and the gradients that are held of it together take
@@ -50,13 +50,12 @@ def samples_at_once(size: int, cotangents: int, output_bytes: int, device: torch
 
     Args:
         size: Samples in the batch.
-        cotangents: How many backwards.
         output_bytes: Of the layers' outputs for one sample.
         device: Where.
     """
     if device.type != "cpu" or size * output_bytes <= _PART_BYTES:
         return size
-    return min(size, max(_PART_SAMPLES, size // (cotangents + 1)))
+    return min(size, max(_PART_SAMPLES, size // 4))
 
 
 def add_squares_(total: Tensor, gradients: Tensor) -> None:

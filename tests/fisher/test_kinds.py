@@ -536,7 +536,8 @@ def test_one_backward_takes_the_whole_batch(kind: str, parts: list[int]) -> None
 
 def test_how_many_samples_at_once() -> None:
     cpu, mib = torch.device("cpu"), 1 << 20
-    assert rules.samples_at_once(128, 10, mib // 64, cpu) == 128  # small: 2 MiB
-    assert rules.samples_at_once(6, 10, mib, cpu) == 6
-    assert rules.samples_at_once(128, 1000, mib, cpu) == 8
-    assert rules.samples_at_once(128, 10, mib, torch.device("cuda")) == 128
+    assert rules.samples_at_once(128, mib // 64, cpu) == 128  # small: 2 MiB
+    assert rules.samples_at_once(6, mib, cpu) == 6
+    assert rules.samples_at_once(20, mib, cpu) == 8
+    assert rules.samples_at_once(128, mib, cpu) == 32
+    assert rules.samples_at_once(128, mib, torch.device("cuda")) == 128
