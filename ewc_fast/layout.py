@@ -127,10 +127,9 @@ def check_whole(name: str, p: Tensor) -> None:
     )
 
 
-def check_materialised(model: nn.Module, device: torch.device) -> None:
-    """Raises if a device on which numbers are expected of a model is the meta device."""
-    if device.type == "meta":
-        name = next((name for name, p in _named(model, aliases=False) if p.device.type == "meta"), "the model")
+def check_materialised(name: str, t: Tensor) -> None:
+    """Raises for a tensor on the meta device."""
+    if t.device.type == "meta":
         raise ValueError(f"{name} is on the meta device and holds no numbers: materialise the model first")
 
 

@@ -16,7 +16,15 @@ from ewc_fast import storage
 from ewc_fast.checks import check_count
 from ewc_fast.fisher import estimate_fisher
 from ewc_fast.functional import check_lambda
-from ewc_fast.layout import Slot, check_whole, module_edges, name_parameters, own_name, select_parameters
+from ewc_fast.layout import (
+    Slot,
+    check_materialised,
+    check_whole,
+    module_edges,
+    name_parameters,
+    own_name,
+    select_parameters,
+)
 from ewc_fast.ops import autograd, steps
 from ewc_fast.ops import penalty as ops
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
@@ -250,8 +258,7 @@ class EWCLoss:
         if not params:
             raise ValueError("no parameter to protect requires grad: nothing to consolidate")
         for name, p in params.items():
-            if p.device.type == "meta":
-                raise ValueError(f"{name} is on the meta device and holds no numbers: materialise the model first")
+            check_materialised(name, p)
         if anchor is not None:
             anchor = self._by_own_name("anchor", anchor, params, others | buffers)
         frozen = self._frozen()

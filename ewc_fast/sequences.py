@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ewc_fast.fisher.modes import module_mode
 from ewc_fast.fisher.objectives import logits_of
-from ewc_fast.layout import check_materialised, unwrapped
+from ewc_fast.layout import check_materialised, own_name, unwrapped
 
 _CACHES = ("cache", "past_key_values")  # transformers renamed the argument
 _WHOLE = 2.0**52  # probabilities are summed in units of 1/_WHOLE
@@ -74,7 +74,6 @@ def sample_sequences(
     _check_arguments(num_sequences, length, generator, temperature, batch_size)
     model = unwrapped(model)
     device = device_of(model)
-    check_materialised(model, device)
     max_positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(max_positions, int) and 0 < max_positions < length:
         raise ValueError(f"length is {length}, but the model has only {max_positions} positions: use a smaller length")
@@ -152,9 +151,11 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, position: int) -> 
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter, the CPU if it has none."""
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
+    """The device of the model's first parameter, which must not be meta; the CPU if it has none."""
+    for name, p in model.named_parameters():
+        check_materialised(own_name(model, name), p)
+        return p.device
+    return torch.device("cpu")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc_fast.layout import Group, Slot, check_whole, make_groups
+from ewc_fast.layout import Group, Slot, check_materialised, check_whole, make_groups
 from ewc_fast.ops.memory import same_memory_order
 from ewc_fast.ops.types import STATE_DTYPES
 
@@ -355,8 +355,7 @@ def protected_part(name: str, p: Tensor, shape: torch.Size) -> Tensor:
     Raises:
         ValueError: The shape changed otherwise, or the parameter is sharded or on the meta device.
     """
-    if p.device.type == "meta":
-        raise ValueError(f"{name} is on the meta device and holds no numbers: materialise the model first")
+    check_materialised(name, p)
     if p.shape == shape:
         return p
     if p.dim() > 0 and p.dim() == len(shape) and p.shape[1:] == shape[1:] and p.shape[0] > shape[0]:
@@ -377,8 +376,7 @@ def _check_entry(what: str, name: str, t: Tensor, p: Tensor, *, non_negative: bo
         raise ValueError(f"Fisher of {name!r} is float16, which zeroes small entries: estimate it in float32")
     if not t.is_floating_point() or t.layout != torch.strided or t.itemsize < 2:
         raise ValueError(f"{what} of {name!r} must be a dense floating point tensor, got {t.dtype}, {t.layout}")
-    if t.device.type == "meta":
-        raise ValueError(f"{what} of {name!r} is on the meta device and holds no numbers: materialise the model first")
+    check_materialised(f"{what} of {name!r}", t)
     if not bool(torch.isfinite(t).all()):
         raise ValueError(f"{what} of {name!r} has NaN or infinite entries: was the training or the estimate unstable?")
     if non_negative and bool((t < 0).any()):

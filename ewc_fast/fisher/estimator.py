@@ -72,8 +72,8 @@ class FisherEstimator:
             raise ValueError(
                 "no parameter of the model requires grad: call requires_grad_(True) on those to estimate for"
             )
-        for p in selected.values():
-            check_materialised(model, p.device)
+        for name, p in selected.items():
+            check_materialised(name, p)
         self.kind, self._generator = kind, generator
         self._model = model = unwrapped(model)
         self.device = next(iter(selected.values())).device

@@ -88,11 +88,11 @@ class EWCCallback(TrainerCallback):
             an iterator as its ``dataset``.
         ValueError: There is no such coupling or clip, the budget is another penalty's, or has a probe of its own.
             When training begins, before anything is changed: DeepSpeed, FSDP or another strategy whose step shows no
-            whole gradients; parameters on the meta device or sharded; merged or disabled adapters; clipping that
-            another library has replaced, under ``clip="sum"``; an optimizer with none of the protected parameters, or
-            with this penalty in another coupling; a checkpoint without a state, or of another model; a dataset to
-            consolidate that lacks labels, or comes packed from the collator; under DDP, another Fisher or anchor in
-            another process.
+            whole gradients; a second EWCCallback; an EWCLoss of another model; parameters on the meta device or
+            sharded; merged or disabled adapters; clipping that another library has replaced, under ``clip="sum"``; an
+            optimizer with none of the protected parameters, or with this penalty in another coupling; a checkpoint
+            without a state, or of another model; a dataset to consolidate that lacks labels, or of whose samples the
+            collator makes no row each; under DDP, another Fisher or anchor in another process.
     """
 
     def __init__(
@@ -361,6 +361,8 @@ def consolidate(
 ) -> None:
     """Ends a task, as :meth:`ewc_fast.EWCLoss.consolidate` does, from a dataset as a Trainer takes it.
 
+    Batches in which no label counts are left out, and a warning says how many.
+
     Args:
         ewc: The penalty.
         dataset: Yields samples as dicts. If it has a length and ``num_samples`` is below it, evenly spaced samples are
@@ -376,8 +378,10 @@ def consolidate(
         **estimate: ``kind``, ``generator``, ``progress`` and other arguments of :func:`ewc_fast.estimate_fisher`.
 
     Raises:
-        ValueError: The dataset is empty, labels are needed and missing, or the collator packs several samples into one
-            row; see also :meth:`EWCLoss.consolidate`.
+        TypeError: The dataset is a loader, or a mapping of several.
+        ValueError: The dataset is empty, labels are needed and missing or none counts, the collator packs several
+            samples into one row or makes several of one, or the default one cannot make a batch; see also
+            :meth:`EWCLoss.consolidate`.
     """
     _check_adapters(ewc.model)
     batches = _batches(ewc.model, dataset, collator, batch_size, num_samples, columns)
@@ -643,7 +647,8 @@ def _check_adapters(model: nn.Module) -> None:
 
 
 def _check_rows(batch: Mapping[str, Any], samples: int) -> None:
-    """Raises where a batch of one row holds several documents, whose gradients could not be told apart."""
+    """Raises where rows are no samples: several of one, or one of several documents, whose gradients could not be told
+    apart."""
     ids, positions, mask = (batch.get(key) for key in ("input_ids", "position_ids", "attention_mask"))
     if isinstance(ids, Tensor) and ids.dim() == 2 and len(ids) > samples:
         raise ValueError(

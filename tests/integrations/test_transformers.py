@@ -700,11 +700,9 @@ def test_what_is_a_dataset(tmp_path: Path) -> None:
 
 
 def test_checkpoints_without_an_event_are_said(tmp_path: Path) -> None:
-    if not hasattr(TrainingArguments, "enable_jit_checkpoint"):
-        pytest.skip("this version of transformers has none")
     model = make_model()
     args = make_args(tmp_path, max_steps=1)
-    args.enable_jit_checkpoint = True  # after the signal's handler is or is not set
+    args.enable_jit_checkpoint = True  # an option since transformers 5
     with pytest.warns(UserWarning, match="enable_jit_checkpoint writes a checkpoint without telling callbacks"):
         Trainer(model, args, train_dataset=make_data(), callbacks=[EWCCallback(make_ewc(model))]).train()
 
