@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/conv_squares.h"
 #include "tap.h"
 
 namespace ewc {
@@ -274,6 +275,24 @@ PyObject* tap_linear(PyObject*, PyObject* const* args, Py_ssize_t n) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* conv_squares_(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(n == 6, "conv_squares_ takes 6 arguments, got ", n);
+  Reader read;
+  const at::Tensor total = read.tensor(args[0]), x = read.tensor(args[1]), g = read.tensor(args[2]);
+  const std::vector<int64_t> padding = read.integers(args[3]), dilation = read.integers(args[4]);
+  const int64_t groups = read.integer(args[5]);
+  if (PyErr_Occurred()) return nullptr;
+  if (!read.may_call() || !can_square_convolution(total, x, g)) Py_RETURN_NONE;
+  TORCH_CHECK(padding.size() == 4 && dilation.size() == 2 && groups > 0, "conv_squares_: of two dimensions");
+  {
+    const pybind11::gil_scoped_release no_gil;
+    add_conv_squares_(total, x, g, {{padding[2], padding[0]}, {padding[3], padding[1]}, {dilation[0], dilation[1]}, groups});
+  }
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
 // ---- what Python asks before every pass ----
 
 bool is_same(const at::Tensor& tensor, bool requires_grad, PyObject* shape, PyObject* dtype) {
@@ -389,6 +408,10 @@ PyMethodDef direct_ops[] = {
     {"tap_linear", fastcall<tap_linear>(), METH_FASTCALL,
      "torch.nn.functional.linear of detached parameters, tapped: anchor, input, weight, bias, sums as above, how many "
      "samples the input must have, the rest as above. None where it may not be one vector per sample, or as above."},
+    {"conv_squares_", fastcall<conv_squares_>(), METH_FASTCALL,
+     "Adds the squares of a convolution's per-sample weight gradients over two dimensions, stride 1: sums, input, output "
+     "gradient, padding as torch.nn.functional.pad takes it, dilation, groups. None, with nothing done, where the rules' "
+     "own way is the one."},
     {"unchanged", fastcall<unchanged>(), METH_FASTCALL,
      "Whether dicts and lists still hold the same objects, and tensors are still the same, as listed; None where only "
      "Python can tell."},

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from ewc_fast.ops.fisher import fisher_accumulate_
+from ewc_fast.ops.native import direct
+
+_conv_squares_ = direct("conv_squares_")
 
 # Per-sample gradients held at once: on the CPU they should still be in the cache when they are squared.
 _BLOCK_BYTES = {"cpu": 2 << 20}
@@ -295,7 +298,14 @@ class Convolution(PerSample):
         return windows.reshape(len(x), -1, places.numel())
 
     def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
-        self.add_many_(total, x, [g])
+        if not self.add_directly_(total, x, g):
+            self.add_many_(total, x, [g])
+
+    def add_directly_(self, total: Tensor, x: Tensor, g: Tensor) -> bool:
+        """Without windows, where there is a kernel for it; says whether."""
+        if self.stride != (1, 1):
+            return False
+        return bool(_conv_squares_(total, x, g, self.padding, list(self.dilation), self.groups))
 
     def add_many_(self, total: Tensor, x: Tensor, gs: list[Tensor]) -> None:
         """Adds the squares of several g for one x, whose windows are copied once."""
