@@ -555,6 +555,11 @@ class EWCLoss:
 
     def _pull(self, handle: Attachment, optimizer: torch.optim.Optimizer, found_inf: Tensor | None) -> None:
         """The proximal pull on what an optimizer has just stepped; of what it skipped, the value alone."""
+        if found_inf is None and self._lambda != 0.0:
+            parts = handle.parts()
+            if len(parts) == 1 and (quick := parts[0].pull_quickly(optimizer)) is not None:
+                self._record(handle, [(parts[0], quick)])
+                return
         reads_only = self._lambda == 0.0
 
         def op(part: Part) -> list[PartResult]:
@@ -567,9 +572,9 @@ class EWCLoss:
                 stepped = [i for i in range(len(part.params)) if i not in set(skipped)]
                 rest = part.subset(skipped)
                 return [(rest, self._value(rest)), *op(part.subset(stepped))]
-            metric = step_metric(optimizer, optimizer.param_groups[part.group], part.params)
-            if found_inf is None and (quick := part.pull_quickly(metric)) is not None:
+            if found_inf is None and (quick := part.pull_quickly(optimizer)) is not None:
                 return [(part, quick)]
+            metric = step_metric(optimizer, optimizer.param_groups[part.group], part.params)
             device = part.quadratic.anchor.device
             result = steps.proximal_(
                 part.protected(part.params),

@@ -7,7 +7,7 @@
 #include "chunks.h"
 #include "clones.h"
 #include "elementwise.h"
-#include "streaming.h"
+#include "sweep.h"
 
 namespace ewc {
 namespace {
@@ -19,12 +19,15 @@ constexpr int64_t kRows = 4;
 // fisher += weight * sum of the squares of so many rows.
 template <int rows, typename G, typename M>
 EWC_CLONES void fisher_block(M* __restrict__ fisher, const G* __restrict__ grad, int64_t stride, int64_t n, M weight) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  const auto ask = [&](int64_t i) EWC_INLINE {
+    // One row is as large as the Fisher, so that both come from memory; blocks of samples are in the cache.
+    if constexpr (rows == 1) ask_for(i, fisher, grad);
+  };
+  sweep(n, ask, [&](int64_t i, int64_t) EWC_INLINE {
     M squares = 0;
     for (int r = 0; r < rows; ++r) squares = add_square(squares, load_as<M>(grad[r * stride + i]));
     fisher[i] = add_weighted(fisher[i], weight, squares);
-  }
+  });
 }
 
 // Elements [start, stop) of a tensor. A block of the Fisher stays in L1 until all rows are added to it.
@@ -35,10 +38,6 @@ void fisher_chunk(const FisherEntry& entry, int64_t start, int64_t stop, double 
   const M weight = static_cast<M>(weight_);
   for (int64_t i = start; i < stop; i += kBlock) {
     const int64_t n = std::min(kBlock, stop - i);
-    if (entry.rows == 1) {  // as large as the Fisher, so that both come from memory; blocks of samples are in the cache
-      prefetch_next(fisher + i, kBlock * sizeof(M));
-      prefetch_next(grad + i, kBlock * sizeof(G));
-    }
     for (int64_t r = 0; r < entry.rows; r += kRows) {
       const G* from = grad + r * entry.stride + i;
       switch (std::min(kRows, entry.rows - r)) {

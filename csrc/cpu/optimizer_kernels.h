@@ -6,6 +6,7 @@
 #include "chunks.h"
 #include "clones.h"
 #include "elementwise.h"
+#include "sweep.h"
 
 namespace ewc {
 namespace {
@@ -27,16 +28,20 @@ EWC_CLONES void adamw_block(void* const* data, const void* a_, const void* f_, i
   const F* __restrict__ f = static_cast<const F*>(f_);
   const AdamWStep<M> s = step;
   const Pull<M> pull = pull_;
-  M weighted = 0, squared = 0;
-#pragma omp simd reduction(+ : weighted, squared)
-  for (int64_t i = 0; i < n; ++i) {
+  LaneSums<M> lanes;
+  const auto ask = [&](int64_t i) EWC_INLINE {
+    ask_for(i, p, g, m, v);
+    if constexpr (amsgrad) ask_for(i, x);
+    if constexpr (coupling != Coupling::kNone) ask_for(i, a, f);
+  };
+  sweep(n, ask, [&](int64_t i, int64_t lane) EWC_INLINE {
     M parameter = p[i], first = m[i], second = v[i], largest = amsgrad ? x[i] : M(0);
     M anchor = 0, fisher = 0;
     if constexpr (coupling != Coupling::kNone) {
       anchor = a[i];
       fisher = load_as<M>(f[i]);
     }
-    with_penalty<coupling>(parameter, s.sign * g[i], anchor, fisher, pull, weighted, squared,
+    with_penalty<coupling>(parameter, s.sign * g[i], anchor, fisher, pull, lanes.weighted[lane], lanes.squared[lane],
                            [&](M gradient, M& at) EWC_INLINE {
                              return adamw_update<amsgrad>(s, gradient, at, first, second, largest);
                            });
@@ -44,9 +49,8 @@ EWC_CLONES void adamw_block(void* const* data, const void* a_, const void* f_, i
     m[i] = first;
     v[i] = second;
     if constexpr (amsgrad) x[i] = largest;
-  }
-  sums[0] += static_cast<double>(weighted);
-  sums[1] += static_cast<double>(squared);
+  });
+  lanes.add_to(sums);
 }
 
 template <Coupling coupling, Momentum kind, bool decays, typename M, typename F>
@@ -59,25 +63,28 @@ EWC_CLONES void sgd_block(void* const* data, const void* a_, const void* f_, int
   const F* __restrict__ f = static_cast<const F*>(f_);
   const SgdStep<M> s = step;
   const Pull<M> pull = pull_;
-  M weighted = 0, squared = 0;
-#pragma omp simd reduction(+ : weighted, squared)
-  for (int64_t i = 0; i < n; ++i) {
+  LaneSums<M> lanes;
+  const auto ask = [&](int64_t i) EWC_INLINE {
+    ask_for(i, p, g);
+    if constexpr (kind != Momentum::kNone) ask_for(i, b);
+    if constexpr (coupling != Coupling::kNone) ask_for(i, a, f);
+  };
+  sweep(n, ask, [&](int64_t i, int64_t lane) EWC_INLINE {
     M parameter = p[i], buffer = kind == Momentum::kNone ? M(0) : b[i];
     M anchor = 0, fisher = 0;
     if constexpr (coupling != Coupling::kNone) {
       anchor = a[i];
       fisher = load_as<M>(f[i]);
     }
-    with_penalty<coupling>(parameter, s.sign * g[i], anchor, fisher, pull, weighted, squared,
+    with_penalty<coupling>(parameter, s.sign * g[i], anchor, fisher, pull, lanes.weighted[lane], lanes.squared[lane],
                            [&](M gradient, M& at) EWC_INLINE {
                              sgd_update<kind, decays>(s, gradient, at, buffer);
                              return s.metric;
                            });
     p[i] = parameter;
     if constexpr (kind != Momentum::kNone) b[i] = buffer;
-  }
-  sums[0] += static_cast<double>(weighted);
-  sums[1] += static_cast<double>(squared);
+  });
+  lanes.add_to(sums);
 }
 
 template <Metric kind, typename M, typename F>
@@ -89,17 +96,19 @@ EWC_CLONES void proximal_block(void* const* data, const void* a_, const void* f_
   const F* __restrict__ f = static_cast<const F*>(f_);
   const MetricStep<M> s = step;
   const Pull<M> pull = pull_;
-  M weighted = 0, squared = 0;
-#pragma omp simd reduction(+ : weighted, squared)
-  for (int64_t i = 0; i < n; ++i) {
+  LaneSums<M> lanes;
+  const auto ask = [&](int64_t i) EWC_INLINE {
+    ask_for(i, p, a, f);
+    if constexpr (kind != Metric::kConstant) ask_for(i, x);
+  };
+  sweep(n, ask, [&](int64_t i, int64_t lane) EWC_INLINE {
     M parameter = p[i];
     const M metric = metric_of<kind>(s.factor, s.inner, s.eps, kind == Metric::kConstant ? M(0) : x[i]);
-    with_penalty<Coupling::kProximal>(parameter, M(0), a[i], load_as<M>(f[i]), pull, weighted, squared,
+    with_penalty<Coupling::kProximal>(parameter, M(0), a[i], load_as<M>(f[i]), pull, lanes.weighted[lane], lanes.squared[lane],
                                       [&](M, M&) EWC_INLINE { return metric; });
     p[i] = parameter;
-  }
-  sums[0] += static_cast<double>(weighted);
-  sums[1] += static_cast<double>(squared);
+  });
+  lanes.add_to(sums);
 }
 
 // Results of a block, rounded stochastically. A block never crosses a multiple of 2^32.

@@ -7,7 +7,6 @@
 #include "common.h"
 #include "optimizer_kernels.h"
 #include "optimizer_ops.h"
-#include "streaming.h"
 
 namespace ewc {
 namespace {
@@ -78,16 +77,9 @@ void run_steps(const StepCall& call, const Plan<Step, M>& plan) {
       for (int64_t i = start; i < stop; i += kBlock) {
         const int64_t size = std::min(kBlock, stop - i);
         void* at[kMaxLists];
-        for (int l = 0; l < kMaxLists; ++l) {
-          at[l] = advance(entry.data[l], i * lists[l].size);
-          if (at[l] != nullptr) prefetch_next(at[l], kBlock * lists[l].size);
-        }
+        for (int l = 0; l < kMaxLists; ++l) at[l] = advance(entry.data[l], i * lists[l].size);
         const void* a = is_protected ? advance(anchor, (entry.offset + i) * a_size) : nullptr;
         const void* f = is_protected ? advance(fisher, (entry.offset + i) * f_size) : nullptr;
-        if (is_protected) {
-          prefetch_next(a, kBlock * a_size);
-          prefetch_next(f, kBlock * f_size);
-        }
         double* sums = &chunks.slots[2 * c];
         const auto read_value = [&] { penalty_sums(p_type, a_type, f_type, at[0], a, f, size, delta, sums); };
         // Where the penalty does not act its value is read beside the step: 0 times what is read might be NaN.

@@ -124,10 +124,6 @@ void Cpu::run(const PenaltyCall& call) {
         const void* a = advance(anchor_data, at * a_size);
         const void* f = advance(fisher_data, at * f_size);
         void* g = advance(entry.grad, i * g_size);
-        prefetch_next(p, kBlock * p_size);
-        prefetch_next(a, kBlock * a_size);
-        prefetch_next(f, kBlock * f_size);
-        if (mode == Mode::kAccumulate) prefetch_next(g, kBlock * g_size);
         if (acts) {
           run_block<mode>(writing, p, g, a, f, size, g_size, delta, factor, stream,
                           &chunks.slots[2 * c]);

@@ -6,6 +6,7 @@
 #include "chunks.h"
 #include "clones.h"
 #include "elementwise.h"
+#include "sweep.h"
 
 namespace ewc {
 namespace {
@@ -20,17 +21,19 @@ EWC_CLONES void penalty_block(const void* p_, void* g_, const void* a_, const vo
   const F* __restrict__ f = static_cast<const F*>(f_);
   G* __restrict__ g = static_cast<G*>(g_);
   const M delta = static_cast<M>(delta_), factor = static_cast<M>(factor_);
-  M weighted = 0, squared = 0;
-#pragma omp simd reduction(+ : weighted, squared)
-  for (int64_t i = 0; i < n; ++i) {
+  LaneSums<M> lanes;
+  const auto ask = [&](int64_t i) EWC_INLINE {
+    ask_for(i, p, a, f);
+    if constexpr (mode != Mode::kValue) ask_for(i, g);
+  };
+  sweep(n, ask, [&](int64_t i, int64_t lane) EWC_INLINE {
     const auto term = penalty_term(load_as<M>(p[i]), load_as<M>(a[i]), load_as<M>(f[i]), delta);
-    weighted += term.weighted;
-    squared += term.squared;
+    lanes.weighted[lane] += term.weighted;
+    lanes.squared[lane] += term.squared;
     if constexpr (mode == Mode::kWrite) g[i] = Store<G>::from(factor * term.gradient);
     if constexpr (mode == Mode::kAccumulate) g[i] = Store<G>::from(load_as<M>(g[i]) + factor * term.gradient);
-  }
-  sums[0] += static_cast<double>(weighted);
-  sums[1] += static_cast<double>(squared);
+  });
+  lanes.add_to(sums);
 }
 
 // Combinations of dtypes without a loop of their own are widened block by block into scratch that stays in L1.
@@ -38,8 +41,8 @@ template <typename S, typename M>
 EWC_CLONES void widen(const void* from_, void* to_, int64_t n) {
   const S* __restrict__ from = static_cast<const S*>(from_);
   M* __restrict__ to = static_cast<M*>(to_);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = load_as<M>(from[i]);
+  sweep(n, [&](int64_t i) EWC_INLINE { ask_for(i, from); },
+        [&](int64_t i, int64_t) EWC_INLINE { to[i] = load_as<M>(from[i]); });
 }
 
 template <typename S, typename M>
@@ -55,8 +58,8 @@ EWC_CLONES void scale_block(void* data_, int64_t n, double factor_) {
   using M = typename MathOf<S>::type;
   S* __restrict__ data = static_cast<S*>(data_);
   const M factor = static_cast<M>(factor_);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) data[i] = Store<S>::from(factor * load_as<M>(data[i]));
+  sweep(n, [&](int64_t i) EWC_INLINE { ask_for(i, data); },
+        [&](int64_t i, int64_t) EWC_INLINE { data[i] = Store<S>::from(factor * load_as<M>(data[i])); });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// How a pass uses the memory: what it asks for early, and what it keeps out of the caches.
+// What a pass keeps out of the caches.
 #pragma once
 
 #include <algorithm>
@@ -11,18 +11,6 @@
 
 namespace ewc {
 namespace {
-
-// The hardware fetches ahead along a stream, but not into the next page, whose first lines a pass would wait for. Asking
-// for them makes a pass 5 to 10% faster; for more lines, or for all of a page, slower.
-inline void prefetch_next(const void* block, int64_t bytes) {
-  constexpr uintptr_t kPage = 4096, kLine = 64, kLines = 4;
-  const uintptr_t next = reinterpret_cast<uintptr_t>(block) + bytes;
-  for (uintptr_t page = (next + kPage - 1) / kPage * kPage; page < next + bytes; page += kPage) {
-    for (uintptr_t line = 0; line < kLines; ++line) {
-      __builtin_prefetch(reinterpret_cast<const void*>(page + line * kLine), 0, 2);
-    }
-  }
-}
 
 // Stores past the caches. An ordinary store first reads the line that it is about to overwrite; for a buffer that no
 // cache can hold until it is read again, that read is for nothing, a quarter of what a writing pass moves.

@@ -203,7 +203,8 @@ def overhead(coupling: str, backend: str = "auto", rounds: int = 15) -> dict[str
     """Microseconds that ``attach`` adds to a step over 20 small tensors, warm: what Python and the call cost.
 
     Returns:
-        Medians of a step without EWC, with it, and of the difference within a round.
+        Medians of a step without EWC, with it, of the difference within a round, and of what is left of that without
+        the kernel's call, which is timed in steps of its own.
     """
     torch.manual_seed(0)
     model = nn.ParameterList(nn.Parameter(torch.randn(16)) for _ in range(SMALL_TENSORS))
@@ -212,14 +213,46 @@ def overhead(coupling: str, backend: str = "auto", rounds: int = 15) -> dict[str
     optimizers = []
     for _ in range(2):
         optimizers.append(torch.optim.SGD(model.parameters(), lr=1e-6, foreach=True))
-    ewc.attach(optimizers[1], coupling)
+    handle = ewc.attach(optimizers[1], coupling)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     cpu = torch.device("cpu")
     runs = {str(i): partial(time_many, o.step, cpu) for i, o in enumerate(optimizers)}
     times = interleave(runs, rounds)
     added = [b - a for a, b in zip(times["0"], times["1"], strict=True)]
-    return {"without": median(times["0"]), "with": median(times["1"]), "adds": median(added)}
+    (part,) = handle.parts()
+    name = "_into_own" if coupling == "coupled" else "_pull"
+    call = _Timed(getattr(part, name))
+    setattr(part, name, call)
+    calls = interleave({"0": runs["0"], "call": lambda: call.microseconds(runs["1"])}, rounds)["call"]
+    python = [a - b for a, b in zip(added, calls, strict=True)]
+    return {
+        "without": median(times["0"]),
+        "with": median(times["1"]),
+        "adds": median(added),
+        "kernel": median(calls),
+        "python": median(python),
+    }
+
+
+class _Timed:
+    """A function that counts its own time."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.seconds, self.calls = function, 0.0, 0
+
+    def __call__(self, *args: Any) -> Any:
+        start = time.perf_counter()
+        result = self.function(*args)
+        self.seconds += time.perf_counter() - start
+        self.calls += 1
+        return result
+
+    def microseconds(self, run: Callable[[], object]) -> float:
+        """What a call takes on average in a run."""
+        self.seconds, self.calls = 0.0, 0
+        run()
+        return self.seconds * 1e6 / self.calls
 
 
 def measure(
@@ -314,10 +347,12 @@ def section(results: Results) -> str:
     ]
     if results["overhead"]:
         cells = [
-            f"{coupling} {found['adds']:.0f} microseconds (a step without EWC takes {found['without']:.0f})"
+            f"{coupling} {found['adds']:.0f} microseconds"
+            + (f", {found['python']:.0f} of them Python's" if "python" in found else "")
+            + f" (a step without EWC takes {found['without']:.0f})"
             for coupling, found in results["overhead"].items()
         ]
-        parts.append(f"What `attach` adds to a step of {SMALL_TENSORS} small tensors, warm: {', '.join(cells)}.")
+        parts.append(f"What `attach` adds to a step of {SMALL_TENSORS} small tensors, warm: {'; '.join(cells)}.")
     if results["steps"]:
         parts += ["A whole training step:", step.markdown(results["steps"])]
     return "\n\n".join(parts)

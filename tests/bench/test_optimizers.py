@@ -50,6 +50,7 @@ def test_what_attach_adds() -> None:
     for coupling in ("coupled", "proximal"):
         found = optimizers.overhead(coupling, rounds=2)
         assert found["with"] > found["without"] > 0 and math.isfinite(found["adds"])
+        assert 0 < found["kernel"] < found["with"] and found["python"] < found["with"]
 
 
 def result(**times: list[float]) -> dict:

@@ -17,6 +17,7 @@ _ADDRESS = re.compile(r"(-?0x[0-9a-f]+)?\((%\w+)?(?:,(%\w+),(\d))?\)")
 _HALF = re.compile(r"vpmovzx(bw|wd|dq)|vpmovsx(bw|wd|dq)|vpmov(wb|dw|qd)|vcvt(ph2psx?|ps2ph|ps2pd|dq2pd)")
 _EXTRACT = re.compile(r"vextract[fi](128|32x4|64x2|32x8|64x4)")
 _SCALAR = re.compile(r"v?(mov|add|sub|mul|div|sqrt|max|min|fn?m(add|sub)\d+)s[sd]|v?mov[dq]|v?pinsr\w|v?pextr\w")
+_CONSTANT = re.compile(r"(add|sub)q? +\$(-?0x[0-9a-f]+),(%r\w+)")
 _ARITHMETIC = re.compile(r"v?(add|sub|mul|fn?m(add|sub)\d+)ps")
 _FP64 = re.compile(r"v?(add|sub|mul|fn?m(add|sub)\d+|cvt\w*)[ps]d|v?cvt(tp|p|s)d2\w+")
 
@@ -80,13 +81,16 @@ class Loop:
             and i.operands.rstrip().endswith(registers[-1])
         }
         ranges: dict[bool, dict[tuple[str, ...], set[int]]] = {True: defaultdict(set), False: defaultdict(set)}
+        moved: dict[str, int] = defaultdict(int)  # so far in the turn, by constants
         for i in body:
+            if constant := _CONSTANT.fullmatch(f"{i.mnemonic} {i.operands.strip()}"):
+                moved[constant[3]] += int(constant[2], 16) * (1 if constant[1] == "add" else -1)
             address = _ADDRESS.search(i.operands)
             if address is None or i.mnemonic.startswith(("nop", "lea", "prefetch")):
                 continue
             displacement, *registers = (part or "" for part in address.groups())
             if moving & set(registers):
-                start = int(displacement or "0", 16)
+                start = int(displacement or "0", 16) + moved[registers[0]]
                 ranges[i.stores()][tuple(registers)].update(range(start, start + i.memory_bytes()))
         self.loaded = sum(map(len, ranges[False].values()))
         self.stored = sum(map(len, ranges[True].values()))
