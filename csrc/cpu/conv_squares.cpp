@@ -1,4 +1,4 @@
-// add_conv_squares_ on the CPU: samples in blocks, padded into scratch; who has which channels.
+// add_conv_squares_ on the CPU: samples in blocks, inputs padded into scratch; who has which channels.
 #include "conv_squares.h"
 
 #include <ATen/Parallel.h>
@@ -12,13 +12,14 @@
 namespace ewc {
 namespace {
 
-constexpr int64_t kScratchBytes = 1 << 20;  // of a block of samples, which is read once for each output channel or so
+constexpr int64_t kBlockBytes = 1 << 20;  // of samples, which are read once for each output channel or so
 
 // Planes of one tensor, copied apart: rows of `columns` numbers, of which `width` are the tensor's, zeros elsewhere.
 struct Planes {
   int64_t channels, height, width, rows, columns, top, left;
   int64_t plane() const { return rows * columns; }
   int64_t sample() const { return channels * plane(); }
+  int64_t taken() const { return channels * height * width; }
 
   void copy(const float* from, float* to) const {
     for (int64_t c = 0; c < channels; ++c) {
@@ -53,15 +54,15 @@ void add_conv_squares_(const at::Tensor& total, const at::Tensor& x_, const at::
                 "add_conv_squares_: a gradient of ", g.size(2 + d), " where the stride is 1");
   }
   if (samples == 0 || total.numel() == 0 || g.numel() == 0) return;
-  Planes gs{out, g.size(2), g.size(3), g.size(2), (g.size(3) + kLanes - 1) / kLanes * kLanes, 0, 0};
+  // Rows of g are padded with zeros where much of their work would be with what is left of them.
+  const int64_t width = g.size(3), padded = (width + kLanes - 1) / kLanes * kLanes;
+  const bool in_place = width == padded || width >= 3 * kLanes;
+  Planes gs{out, g.size(2), width, g.size(2), in_place ? width : padded, 0, 0};
   Planes xs{in, x.size(2), x.size(3), x.size(2) + shape.before[0] + shape.after[0], 0, shape.before[0], shape.before[1]};
-  // The last vector of a row of g, whose end is zeros, meets what follows in x.
+  // A row of g that ends in zeros meets what follows in x.
   xs.columns = std::max(x.size(3) + shape.before[1] + shape.after[1], gs.columns + shape.dilation[1] * (wide - 1));
-  const int64_t each = gs.sample() + xs.sample();
-  const int64_t block = std::clamp<int64_t>(kScratchBytes / 4 / each, 1, samples);
-  std::vector<float> scratch(block * each);
-  float* const g_scratch = scratch.data();
-  float* const x_scratch = g_scratch + block * gs.sample();
+  const int64_t block = std::clamp<int64_t>(kBlockBytes / 4 / (gs.sample() + xs.sample()), 1, samples);
+  std::vector<float> x_scratch(block * xs.sample()), g_scratch(in_place ? 0 : block * gs.sample());
   const float *g_from = g.const_data_ptr<float>(), *x_from = x.const_data_ptr<float>();
   float* to = total.mutable_data_ptr<float>();
   const int64_t tiles = (out_group + kOut - 1) / kOut, tasks = groups * tiles * in_group;
@@ -69,10 +70,11 @@ void add_conv_squares_(const at::Tensor& total, const at::Tensor& x_, const at::
     const int64_t some = std::min(block, samples - start);
     at::parallel_for(0, some, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        gs.copy(g_from + (start + i) * g[0].numel(), g_scratch + i * gs.sample());
-        xs.copy(x_from + (start + i) * x[0].numel(), x_scratch + i * xs.sample());
+        if (!in_place) gs.copy(g_from + (start + i) * gs.taken(), g_scratch.data() + i * gs.sample());
+        xs.copy(x_from + (start + i) * xs.taken(), x_scratch.data() + i * xs.sample());
       }
     });
+    const float* g_block = in_place ? g_from + start * gs.sample() : g_scratch.data();
     // Each task has sums of its own, to which the samples are added in their order, whatever the threads.
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
@@ -80,9 +82,9 @@ void add_conv_squares_(const at::Tensor& total, const at::Tensor& x_, const at::
         const int64_t o = group * out_group + tile * kOut, many = std::min<int64_t>(kOut, out_group - tile * kOut);
         for (int64_t i = 0; i < some; ++i) {
           for (int64_t row = 0; row < high; ++row) {
-            const float* x_row = x_scratch + i * xs.sample() + (group * in_group + c) * xs.plane() +
+            const float* x_row = x_scratch.data() + i * xs.sample() + (group * in_group + c) * xs.plane() +
                                  row * shape.dilation[0] * xs.columns;
-            conv_row({g_scratch + i * gs.sample() + o * gs.plane(), x_row, gs.plane(), gs.rows, gs.columns, xs.columns,
+            conv_row({g_block + i * gs.sample() + o * gs.plane(), x_row, gs.plane(), gs.rows, gs.columns, xs.columns,
                       shape.dilation[1], in_group * high * wide, to + (o * in_group + c) * high * wide + row * wide},
                      many, wide);
           }

@@ -9,10 +9,15 @@
 namespace ewc {
 namespace {
 
-constexpr int64_t kLanes = 8;  // columns of a row that are multiplied together; rows of g are padded to it with zeros
+constexpr int64_t kLanes = 8;  // columns of a row that are multiplied together; shorter rows of g are padded with zeros
 constexpr int kOut = 4, kWide = 3;  // output channels and columns of the kernel whose sums stay in registers
 
 typedef float Lanes __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Bits __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+// What is left of a row is multiplied as its last kLanes columns, without those that have been: from `rest` on, bits that
+// keep the last `rest` lanes.
+constexpr int32_t kKept[2 * kLanes] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
 
 // One sample, input channel and row of the kernel. Planes of g lie apart by `plane`, of the result by `next`.
 struct ConvRow {
@@ -29,15 +34,21 @@ inline EWC_INLINE void conv_tile(const ConvRow& t, int64_t o, int64_t first) {
   }
   const float* g = t.g + o * t.plane;
   const float* x = t.x + first * t.dilation;
-  for (int64_t y = 0; y < t.rows; ++y, g += t.columns, x += t.x_row) {
-    for (int64_t c = 0; c < t.columns; c += kLanes) {
-      Lanes gs[out];
-      for (int a = 0; a < out; ++a) gs[a] = *reinterpret_cast<const Lanes*>(g + a * t.plane + c);
-      for (int b = 0; b < wide; ++b) {
-        const Lanes xs = *reinterpret_cast<const Lanes*>(x + c + b * t.dilation);
-        for (int a = 0; a < out; ++a) sums[a][b] += gs[a] * xs;
-      }
+  const auto add = [&](int64_t c, const Bits& kept) EWC_INLINE {
+    Lanes gs[out];
+    for (int a = 0; a < out; ++a) {
+      gs[a] = reinterpret_cast<Lanes>(*reinterpret_cast<const Bits*>(g + a * t.plane + c) & kept);
     }
+    for (int b = 0; b < wide; ++b) {
+      const Lanes xs = *reinterpret_cast<const Lanes*>(x + c + b * t.dilation);
+      for (int a = 0; a < out; ++a) sums[a][b] += gs[a] * xs;
+    }
+  };
+  const int64_t rest = t.columns % kLanes;
+  const Bits all = ~Bits{}, last = *reinterpret_cast<const Bits*>(kKept + rest);
+  for (int64_t y = 0; y < t.rows; ++y, g += t.columns, x += t.x_row) {
+    for (int64_t c = 0; c < t.columns - rest; c += kLanes) add(c, all);
+    if (rest > 0) add(t.columns - kLanes, last);
   }
   for (int a = 0; a < out; ++a) {
     for (int b = 0; b < wide; ++b) {

@@ -58,7 +58,7 @@ def samples_at_once(size: int, output_bytes: int, device: torch.device) -> int:
     """
     if device.type != "cpu" or size * output_bytes <= _PART_BYTES:
         return size
-    return min(size, max(_PART_SAMPLES, size // 4))
+    return min(size, max(_PART_SAMPLES, size // 2))
 
 
 def add_squares_(total: Tensor, gradients: Tensor) -> None:

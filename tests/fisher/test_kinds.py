@@ -488,7 +488,7 @@ def test_not_finite_names_batch_and_layer(kind: str) -> None:
 
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every batch is divided, into parts of two or three; how many samples each had is noted."""
+    """Every batch is divided, into parts of two to four; how many samples each had is noted."""
     monkeypatch.setattr(rules, "_PART_BYTES", 0)
     monkeypatch.setattr(rules, "_PART_SAMPLES", 2)
     seen: list[int] = []
@@ -511,7 +511,7 @@ def test_exact_in_parts(net: str, loss: str, parts: list[int]) -> None:
     expected = brute_force.fisher(model, batches, "exact", loss)
     found = estimate_fisher(model, batches, kind="exact", loss=loss)
     assert_fisher(found, expected)
-    assert parts == [2, 2, 3, 2, 2, 2, 2]  # the last batch is of one sample
+    assert parts == [3, 4, 3, 3, 2]  # the last batch is of one sample
     assert (found.info.num_samples, found.info.batch_size) == (16, 7)
 
 
@@ -525,7 +525,7 @@ def test_exact_in_parts_goes_on_from_a_state(parts: list[int]) -> None:
     for batch in batches:
         whole.update(batch)
     assert all(torch.equal(f, second.result()[name]) for name, f in whole.result().items())
-    assert parts == [2, 3, 2, 2, 3, 2, 3, 2, 2, 3]
+    assert parts == [2, 3, 3, 4, 2, 3, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ["sampled", "empirical"])
@@ -538,6 +538,7 @@ def test_how_many_samples_at_once() -> None:
     cpu, mib = torch.device("cpu"), 1 << 20
     assert rules.samples_at_once(128, mib // 64, cpu) == 128  # small: 2 MiB
     assert rules.samples_at_once(6, mib, cpu) == 6
-    assert rules.samples_at_once(20, mib, cpu) == 8
-    assert rules.samples_at_once(128, mib, cpu) == 32
+    assert rules.samples_at_once(15, mib, cpu) == 8
+    assert rules.samples_at_once(20, mib, cpu) == 10
+    assert rules.samples_at_once(128, mib, cpu) == 64
     assert rules.samples_at_once(128, mib, torch.device("cuda")) == 128
