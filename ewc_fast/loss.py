@@ -29,7 +29,7 @@ from ewc_fast.ops import autograd, steps
 from ewc_fast.ops import penalty as ops
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult
 from ewc_fast.optim.attach import NOT_IN_OPTIMIZER, AttachHandle, Attachment, check_coupling
-from ewc_fast.optim.metrics import rates_of, step_metric
+from ewc_fast.optim.metrics import StepMetric, rates_of, step_metric
 from ewc_fast.parts import Part, PartResult, Watch, check_strided, lambda_factors, raise_with_names, split_by_grad_dtype
 from ewc_fast.state import EWCState, SlotMapping, protected_part
 
@@ -555,12 +555,17 @@ class EWCLoss:
 
     def _pull(self, handle: Attachment, optimizer: torch.optim.Optimizer, found_inf: Tensor | None) -> None:
         """The proximal pull on what an optimizer has just stepped; of what it skipped, the value alone."""
-        if found_inf is None and self._lambda != 0.0:
-            parts = handle.parts()
-            if len(parts) == 1 and (quick := parts[0].pull_quickly(optimizer)) is not None:
+
+        def metric_of(part: Part) -> StepMetric:
+            return step_metric(optimizer, optimizer.param_groups[part.group], part.params)
+
+        reads_only = self._lambda == 0.0
+        tried: tuple[Part, StepMetric] | None = None
+        if found_inf is None and not reads_only and len(parts := handle.parts()) == 1 and parts[0].have_grads():
+            tried = parts[0], metric_of(parts[0])
+            if (quick := parts[0].pull_quickly(tried[1])) is not None:
                 self._record(handle, [(parts[0], quick)])
                 return
-        reads_only = self._lambda == 0.0
 
         def op(part: Part) -> list[PartResult]:
             if reads_only:
@@ -572,9 +577,12 @@ class EWCLoss:
                 stepped = [i for i in range(len(part.params)) if i not in set(skipped)]
                 rest = part.subset(skipped)
                 return [(rest, self._value(rest)), *op(part.subset(stepped))]
-            if found_inf is None and (quick := part.pull_quickly(optimizer)) is not None:
-                return [(part, quick)]
-            metric = step_metric(optimizer, optimizer.param_groups[part.group], part.params)
+            if tried is not None and part is tried[0]:
+                metric = tried[1]
+            else:
+                metric = metric_of(part)
+                if found_inf is None and (quick := part.pull_quickly(metric)) is not None:
+                    return [(part, quick)]
             device = part.quadratic.anchor.device
             result = steps.proximal_(
                 part.protected(part.params),

@@ -7,7 +7,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from ewc_fast.ops.autograd import GradientBuffer
 from ewc_fast.ops.memory import same_memory_order
 from ewc_fast.ops.native import direct, never
 from ewc_fast.ops.types import FlatQuadratic, PenaltyResult, StepQuadratic
-from ewc_fast.optim.metrics import step_metric
+
+if TYPE_CHECKING:
+    from ewc_fast.optim.metrics import StepMetric
 
 _all_have_grads, _unchanged = direct("all_have_grads"), direct("unchanged")
 
@@ -146,16 +148,13 @@ class Part:
             return None  # to be met again, and dealt with
         return None if result is None else tuple.__new__(PenaltyResult, result)
 
-    def pull_quickly(self, optimizer: torch.optim.Optimizer) -> PenaltyResult | None:
-        """The proximal pull on what an optimizer has just stepped, in the usual case: it stepped all, its metric's
-        rates are numbers, and all is on the CPU. None, with nothing done, where it is not that."""
+    def pull_quickly(self, metric: StepMetric) -> PenaltyResult | None:
+        """The proximal pull in the usual case: the metric's rates are numbers, and all is on the CPU. None, with
+        nothing done, where it is not that."""
         if torch.compiler.is_compiling():
             return None
         if self._pull is None:
             self._pull = steps.puller(self.params, self.step_quadratic, backend=self.backend) if self._whole else never
-        if self._pull is never or not _all_have_grads(self.params):
-            return None
-        metric = step_metric(optimizer, optimizer.param_groups[self.group], self.params)
         try:
             result = self._pull(metric.moments, metric.rates, metric.root)
         except (ValueError, TypeError, RuntimeError):
