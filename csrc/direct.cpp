@@ -283,11 +283,15 @@ PyObject* conv_squares_(PyObject*, PyObject* const* args, Py_ssize_t n) {
   const std::vector<int64_t> padding = read.integers(args[3]), dilation = read.integers(args[4]);
   const int64_t groups = read.integer(args[5]);
   if (PyErr_Occurred()) return nullptr;
-  if (!read.may_call() || !can_square_convolution(total, x, g)) Py_RETURN_NONE;
-  TORCH_CHECK(padding.size() == 4 && dilation.size() == 2 && groups > 0, "conv_squares_: of two dimensions");
+  // It reads memory, which modes that see every op do not.
+  if (!read.may_call() || c10::impl::dispatch_mode_enabled()) Py_RETURN_NONE;
+  if (padding.size() != 4 || dilation.size() != 2 || groups < 1) Py_RETURN_NONE;
+  const ConvolutionShape shape{{padding[2], padding[0]}, {padding[3], padding[1]}, {dilation[0], dilation[1]}, groups};
+  if (!can_square_convolution(total, x, g, shape)) Py_RETURN_NONE;
   {
     const pybind11::gil_scoped_release no_gil;
-    add_conv_squares_(total, x, g, {{padding[2], padding[0]}, {padding[3], padding[1]}, {dilation[0], dilation[1]}, groups});
+    const at::AutoDispatchBelowADInplaceOrView no_graph;
+    add_conv_squares_(total, x, g, shape);
   }
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS

@@ -33,16 +33,19 @@ struct Planes {
 
 }  // namespace
 
-bool can_square_convolution(const at::Tensor& total, const at::Tensor& x, const at::Tensor& g) {
+bool can_square_convolution(const at::Tensor& total, const at::Tensor& x, const at::Tensor& g,
+                            const ConvolutionShape& shape) {
   for (const at::Tensor* t : {&total, &x, &g}) {
-    if (!t->is_cpu() || t->scalar_type() != at::kFloat || t->dim() != 4) return false;
+    if (!t->is_cpu() || t->scalar_type() != at::kFloat || t->dim() != 4 || !t->has_storage()) return false;
+  }
+  for (int d = 0; d < 2; ++d) {
+    if (shape.before[d] < 0 || shape.after[d] < 0 || shape.dilation[d] < 1) return false;
   }
   const int64_t width = g.size(3), padded = (width + kLanes - 1) / kLanes * kLanes;
   return total.is_contiguous() && total.size(3) > 1 && 8 * width >= 5 * padded;
 }
 
-void add_conv_squares_(const at::Tensor& total, const at::Tensor& x_, const at::Tensor& g_, const ConvolutionShape& shape) {
-  const at::Tensor x = x_.contiguous(), g = g_.contiguous();
+void add_conv_squares_(const at::Tensor& total, const at::Tensor& x, const at::Tensor& g, const ConvolutionShape& shape) {
   const int64_t samples = g.size(0), out = g.size(1), in = x.size(1), groups = shape.groups;
   const int64_t high = total.size(2), wide = total.size(3), in_group = in / groups, out_group = out / groups;
   TORCH_CHECK(x.size(0) == samples && total.size(0) == out && total.size(1) == in_group && in % groups == 0 &&
@@ -63,18 +66,19 @@ void add_conv_squares_(const at::Tensor& total, const at::Tensor& x_, const at::
   xs.columns = std::max(x.size(3) + shape.before[1] + shape.after[1], gs.columns + shape.dilation[1] * (wide - 1));
   const int64_t block = std::clamp<int64_t>(kBlockBytes / 4 / (gs.sample() + xs.sample()), 1, samples);
   std::vector<float> x_scratch(block * xs.sample()), g_scratch(in_place ? 0 : block * gs.sample());
-  const float *g_from = g.const_data_ptr<float>(), *x_from = x.const_data_ptr<float>();
   float* to = total.mutable_data_ptr<float>();
   const int64_t tiles = (out_group + kOut - 1) / kOut, tasks = groups * tiles * in_group;
   for (int64_t start = 0; start < samples; start += block) {
     const int64_t some = std::min(block, samples - start);
+    const at::Tensor x_some = x.narrow(0, start, some).contiguous(), g_some = g.narrow(0, start, some).contiguous();
+    const float *x_from = x_some.const_data_ptr<float>(), *g_from = g_some.const_data_ptr<float>();
     at::parallel_for(0, some, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        if (!in_place) gs.copy(g_from + (start + i) * gs.taken(), g_scratch.data() + i * gs.sample());
-        xs.copy(x_from + (start + i) * xs.taken(), x_scratch.data() + i * xs.sample());
+        if (!in_place) gs.copy(g_from + i * gs.taken(), g_scratch.data() + i * gs.sample());
+        xs.copy(x_from + i * xs.taken(), x_scratch.data() + i * xs.sample());
       }
     });
-    const float* g_block = in_place ? g_from + start * gs.sample() : g_scratch.data();
+    const float* g_block = in_place ? g_from : g_scratch.data();
     // Each task has sums of its own, to which the samples are added in their order, whatever the threads.
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {

@@ -10,8 +10,9 @@ struct ConvolutionShape {
   int64_t before[2], after[2], dilation[2], groups;
 };
 
-// Whether conv_squares_ can, and is the faster way: fp32 on the CPU, rows of outputs that fill vectors.
-bool can_square_convolution(const at::Tensor& total, const at::Tensor& x, const at::Tensor& g);
+// Whether add_conv_squares_ can: fp32 on the CPU, rows of outputs that fill vectors.
+bool can_square_convolution(const at::Tensor& total, const at::Tensor& x, const at::Tensor& g,
+                            const ConvolutionShape& shape);
 
 // total (out, in / groups, height, width) += sum over samples of the squared gradient; x: inputs, g: output gradients.
 void add_conv_squares_(const at::Tensor& total, const at::Tensor& x, const at::Tensor& g, const ConvolutionShape& shape);

@@ -773,10 +773,9 @@ class Capture(TorchFunctionMode):
         x, g = self._by_sample(x, layout), self._by_sample(g, layout)
         total = self._sums[name]
         if self._count[name] == 1:
-            if isinstance(rule, Convolution) and rule.add_directly_(total, x, g):
-                return
             if isinstance(rule, Convolution) and (self._again or name in self._held):
-                self._hold(name, rule, x, g)
+                if not rule.add_directly_(total, x, g, shared=True):
+                    self._hold(name, rule, x, g)
             else:
                 rule.add_squares_(total, x, g)
             return

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ewc_fast.fisher import rules
 from ewc_fast.ops import extension
@@ -18,6 +19,7 @@ if not extension.status().loaded:
 # in, out, groups, height, width, kernel, padding (as F.pad), dilation
 SHAPES: dict[str, tuple[Any, ...]] = {
     "one_channel": (1, 16, 1, 28, 28, (3, 3), [1, 1, 1, 1], (1, 1)),
+    "one_channel_padded": (1, 16, 1, 28, 13, (3, 3), [1, 1, 1, 1], (1, 1)),
     "odd_channels": (3, 7, 1, 9, 13, (3, 3), [1, 1, 1, 1], (1, 1)),
     "no_padding": (4, 5, 1, 11, 12, (5, 5), [0, 0, 0, 0], (1, 1)),
     "same_of_even_kernels": (2, 4, 1, 8, 8, (2, 4), [1, 2, 0, 1], (1, 1)),
@@ -61,8 +63,9 @@ def test_squares(shape: str, samples: int) -> None:
     assert total._version > version
 
 
-def test_many_blocks_of_samples_and_any_number_of_threads() -> None:
-    rule, total, x, g = draw("one_channel", 70)  # a block is of 17
+@pytest.mark.parametrize(("shape", "samples"), [("one_channel", 70), ("one_channel_padded", 90)])
+def test_many_blocks_of_samples_and_any_number_of_threads(shape: str, samples: int) -> None:
+    rule, total, x, g = draw(shape, samples)  # blocks are of 19 and of 33
     wanted = expected(rule, total, x, g)
     found = []
     threads = torch.get_num_threads()
@@ -106,6 +109,15 @@ def test_what_is_left_to_windows() -> None:
         assert not rule.add_directly_(*other)
     narrow = torch.randn(2, 3, 9, 3)  # three columns of eight
     assert not rule.add_directly_(total, narrow, F.conv2d(F.pad(narrow, rule.padding), total))
+    class Sees(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    with Sees():
+        assert not rule.add_directly_(total, x, g)
+    rule.padding = [-1, -1, 3, 3]
+    assert not rule.add_directly_(total, x, g)
+    rule.padding = [1, 1, 1, 1]
     assert torch.equal(total, before)
     with pytest.raises(RuntimeError, match="add_conv_squares_: a gradient of 12 where the stride is 1"):
         rule.add_directly_(total, x, g[..., :12])
@@ -114,3 +126,20 @@ def test_what_is_left_to_windows() -> None:
     assert torch.equal(total, before)
     empty = total.clone()
     assert rule.add_directly_(empty, x[:0], g[:0]) and torch.equal(empty, before)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "size", "directly", "shared"),
+    [
+        (16, 32, 14, True, True),
+        (64, 64, 16, True, False),  # windows that several g share are the faster way
+        (128, 128, 8, False, False),  # products of few places: one of matrices is
+        (256, 512, 14, False, False),
+    ],
+)
+def test_which_way_is_taken(inputs: int, outputs: int, size: int, directly: bool, shared: bool) -> None:
+    x, g = torch.randn(1, inputs, size, size), torch.randn(1, outputs, size, size)
+    rule = rules.Convolution(torch.Size((outputs, inputs, 3, 3)), (1, 1), [1, 1, 1, 1], (1, 1), 1)
+    total = torch.zeros(rule.shape)
+    assert rule.add_directly_(total, x, g) is directly
+    assert rule.add_directly_(total, x, g, shared=True) is shared

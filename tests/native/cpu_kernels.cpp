@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "cpu/conv_squares_kernels.h"
 #include "cpu/fisher_kernels.h"
 #include "cpu/penalty_kernels.h"
 #include "cpu/streaming.h"
@@ -217,6 +218,31 @@ void check_fisher(const char* kernel, int64_t n, int64_t offset, Random& random)
   }
 }
 
+// One input channel and row of a convolution's kernel; rows of x and of results have gaps behind them.
+void check_conv_row(int64_t out, int64_t wide, int64_t rows, int64_t columns, int64_t dilation, Random& random) {
+  const int64_t x_row = columns + dilation * (wide - 1) + 3, plane = rows * columns, next = wide + 2;
+  const Values<float> g(out * plane, 1, random), x(rows * x_row, 3, random);
+  Values<float> squares(out * next, 1, random, true);
+  const Values<float> before = squares;
+  ewc::conv_row({g.data, x.data, plane, rows, columns, x_row, dilation, next, squares.data}, out, wide);
+  for (int64_t i = 0; i < out * next; ++i) {
+    const int64_t o = i / next, b = i % next;
+    double sum = 0, size = 0;
+    for (int64_t y = 0; y < rows && b < wide; ++y) {
+      for (int64_t c = 0; c < columns; ++c) {
+        const double term = g[o * plane + y * columns + c] * x[y * x_row + c + b * dilation];
+        sum += term;
+        size += std::abs(term);
+      }
+    }
+    const double old = Format<float>::value(before.storage[1 + i]), unit = Format<float>::unit;
+    const double off = (plane + 8) * unit * size;
+    const double bound = b < wide ? 2 * std::abs(sum) * off + off * off + 3 * unit * (sum * sum + old) : 0;
+    expect_near("conv_row", "element", columns, i, squares[i], old + sum * sum, bound);
+  }
+  expect_untouched("conv_row", squares, before.storage);
+}
+
 template <typename P, typename G, typename A, typename F>
 void check_modes(const char* kernel, int64_t n, int64_t offset, Random& random) {
   check_penalty<Mode::kValue, P, G, A, F>(kernel, n, offset, random);
@@ -253,6 +279,16 @@ void check_all(uint64_t seed) {
       check_scale<f16>("scale fp16", n, offset, random);
       check_stream(n, offset, random);
       check_fishers(n, offset, random);
+    }
+  }
+  for (int64_t out : {1, 3, 4, 5, 9}) {
+    for (int64_t wide : {1, 2, 3, 4, 7}) {
+      for (int64_t columns : {8, 16, 24, 25, 31}) {  // whole vectors, or at least three
+        for (int64_t dilation : {1, 2}) {
+          check_conv_row(out, wide, 1, columns, dilation, random);
+          check_conv_row(out, wide, 3, columns, dilation, random);
+        }
+      }
     }
   }
   check_fishers(2 * kBlock + 1, 0, random);  // several blocks
