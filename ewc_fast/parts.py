@@ -208,14 +208,25 @@ def split_by_grad_dtype(part: Part, error: Exception) -> list[Part]:
     return [part.subset(chosen, maximize=part.maximize) for chosen in by_dtype.values()]
 
 
+_STATE = {"exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "momentum_buffers"}  # what an optimizer keeps
+_NUMBERED = re.compile(rf"\b(params|grads|{'|'.join(sorted(_STATE))})\[(\d+)\]")
+
+
 def raise_with_names(error: Exception, part: Part) -> NoReturn:
-    """Raises an op's error again, with parameters' names where the op knew only their index."""
+    """Raises an op's error again, with parameters' names where the op knew only their index.
+
+    After the part's own parameters an optimizer's op may have been given others, which EWC does not protect.
+    """
 
     def name(match: re.Match[str]) -> str:
-        slot = part.slots[int(match[2])].name
-        return slot if match[1] == "params" else f"the gradient of {slot}"
+        number = int(match[2])
+        of = part.slots[number].name if number < len(part.slots) else "a parameter that EWC does not protect"
+        return of if match[1] == "params" else f"{'the gradient' if match[1] == 'grads' else match[1]} of {of}"
 
-    message = re.sub(r"\b(params|grads)\[(\d+)\]", name, str(error))
+    message = _NUMBERED.sub(name, str(error))
     if message == str(error):
         raise error
+    found = _NUMBERED.search(str(error))
+    if found is not None and found[1] in _STATE and "has shape" in message:
+        message += ": the optimizer's state is of other parameters; load its own, or delete it for this one"
     raise type(error)(message) from error

@@ -109,6 +109,7 @@ def test_what_is_left_to_windows() -> None:
         assert not rule.add_directly_(*other)
     narrow = torch.randn(2, 3, 9, 3)  # three columns of eight
     assert not rule.add_directly_(total, narrow, F.conv2d(F.pad(narrow, rule.padding), total))
+
     class Sees(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return func(*args, **(kwargs or {}))

@@ -8,6 +8,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -615,6 +616,37 @@ def test_a_sparse_gradient_is_refused_and_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match=r"EWCAdamW does not support sparse gradients, and a parameter of shape"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+@couplings
+def test_an_error_about_a_parameter_that_is_not_protected_is_that_error(coupling: str) -> None:
+    """It comes after the protected ones in the op's lists, and has no name there."""
+    model = nn.Module()
+    model.a, model.w = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(1, 5).expand(4, 5))
+    ewc = EWCLoss(model, params=["a"])
+    ewc.consolidate(fisher={"a": torch.ones(5)})
+    optimizer = EWCAdamW(model.parameters(), ewc=ewc, coupling=coupling)
+    model.a.grad, model.w.grad = torch.ones(5), torch.ones(4, 5)
+    with pytest.raises(ValueError, match="a parameter that EWC does not protect.*share memory"):
+        optimizer.step()
+    assert not model.a.any()
+
+
+def test_state_of_another_model_is_named() -> None:
+    for make, name in ((partial(EWCAdamW), "exp_avgs"), (partial(EWCSGD, momentum=0.9), "momentum_buffers")):
+        model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 4))
+        before = copy.deepcopy(model.state_dict())
+        ewc = EWCLoss(model)
+        ewc.consolidate(fisher={n: torch.ones_like(p) for n, p in model.named_parameters()})
+        other = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+        optimizer, foreign = make(model.parameters(), lr=0.1, ewc=ewc), make(other.parameters(), lr=0.1)
+        for p in (*model.parameters(), *other.parameters()):
+            p.grad = torch.ones_like(p)
+        foreign.step()
+        optimizer.load_state_dict(foreign.state_dict())
+        with pytest.raises(ValueError, match=rf"{name} of 1.weight has shape .3, 7., .*load its own, or delete"):
+            optimizer.step()
+        assert all(torch.equal(now, before[n]) for n, now in model.state_dict().items())
 
 
 def test_an_error_names_the_parameter_and_leaves_the_step_count() -> None:
