@@ -311,7 +311,7 @@ class Convolution(PerSample):
         # The kernel ends every product over the places of a plane with a sum over lanes, which the few places of wide
         # layers' planes do not pay for: there a matrix product of windows is faster. Fitted to measured times.
         places, outputs = g.shape[2] * (-(-g.shape[3] // 8) * 8), len(total) // self.groups
-        if places * (outputs + (48 if shared else 384)) <= 512 * outputs:
+        if places * (outputs + (48 if shared else 320)) <= 512 * outputs:
             return False
         return bool(_conv_squares_(total, x, g, self.padding, list(self.dilation), self.groups))
 

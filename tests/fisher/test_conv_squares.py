@@ -135,6 +135,7 @@ def test_what_is_left_to_windows() -> None:
         (16, 32, 14, True, True),
         (64, 64, 16, True, False),  # windows that several g share are the faster way
         (128, 128, 8, False, False),  # products of few places: one of matrices is
+        (256, 256, 14, False, False),
         (256, 512, 14, False, False),
     ],
 )
