@@ -31,6 +31,8 @@ struct Planes {
   }
 };
 
+int64_t whole_lanes(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
+
 }  // namespace
 
 bool can_square_convolution(const at::Tensor& total, const at::Tensor& x, const at::Tensor& g,
@@ -41,8 +43,7 @@ bool can_square_convolution(const at::Tensor& total, const at::Tensor& x, const 
   for (int d = 0; d < 2; ++d) {
     if (shape.before[d] < 0 || shape.after[d] < 0 || shape.dilation[d] < 1) return false;
   }
-  const int64_t width = g.size(3), padded = (width + kLanes - 1) / kLanes * kLanes;
-  return total.is_contiguous() && total.size(3) > 1 && 8 * width >= 5 * padded;
+  return total.is_contiguous() && total.size(3) > 1 && 8 * g.size(3) >= 5 * whole_lanes(g.size(3));
 }
 
 void add_conv_squares_(const at::Tensor& total, const at::Tensor& x, const at::Tensor& g, const ConvolutionShape& shape) {
@@ -58,7 +59,7 @@ void add_conv_squares_(const at::Tensor& total, const at::Tensor& x, const at::T
   }
   if (samples == 0 || total.numel() == 0 || g.numel() == 0) return;
   // Rows of g are padded with zeros where much of their work would be with what is left of them.
-  const int64_t width = g.size(3), padded = (width + kLanes - 1) / kLanes * kLanes;
+  const int64_t width = g.size(3), padded = whole_lanes(width);
   const bool in_place = width == padded || width >= 3 * kLanes;
   Planes gs{out, g.size(2), width, g.size(2), in_place ? width : padded, 0, 0};
   Planes xs{in, x.size(2), x.size(3), x.size(2) + shape.before[0] + shape.after[0], 0, shape.before[0], shape.before[1]};

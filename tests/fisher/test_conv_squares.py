@@ -11,10 +11,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ewc_fast.fisher import rules
-from ewc_fast.ops import extension
 
-if not extension.status().loaded:
-    pytest.skip("the extension was not built", allow_module_level=True)
+pytestmark = pytest.mark.native
 
 # in, out, groups, height, width, kernel, padding (as F.pad), dilation
 SHAPES: dict[str, tuple[Any, ...]] = {
