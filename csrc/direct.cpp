@@ -241,35 +241,34 @@ PyObject* fisher_accumulate_(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 PyObject* tap_vectors(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(n == 10, "tap_vectors takes 10 arguments, got ", n);
+  TORCH_CHECK_TYPE(n == 9, "tap_vectors takes 9 arguments, got ", n);
   Reader read;
-  const at::Tensor y = read.tensor(args[0]), anchor = read.tensor(args[1]), x = read.tensor(args[2]);
-  const Sums sums{read.or_undefined(args[3]), read.or_undefined(args[4])};
-  const VectorsRule rule{read.boolean(args[5]), read.integer(args[6]), read.integer(args[7])};
-  const Several several{read.or_undefined(args[8]), read.or_undefined(args[9])};
+  const at::Tensor y = read.tensor(args[0]), x = read.tensor(args[1]);
+  const Sums sums{read.or_undefined(args[2]), read.or_undefined(args[3])};
+  const VectorsRule rule{read.boolean(args[4]), read.integer(args[5]), read.integer(args[6])};
+  const Several several{read.or_undefined(args[7]), read.or_undefined(args[8])};
   if (PyErr_Occurred()) return nullptr;
   if (!read.may_call()) Py_RETURN_NONE;
-  return THPVariable_Wrap(tap_vectors(y, anchor, x, sums, rule, several));
+  return THPVariable_Wrap(tap_vectors(y, x, sums, rule, several));
   END_HANDLE_TH_ERRORS
 }
 
 PyObject* tap_linear(PyObject*, PyObject* const* args, Py_ssize_t n) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(n == 11, "tap_linear takes 11 arguments, got ", n);
+  TORCH_CHECK_TYPE(n == 10, "tap_linear takes 10 arguments, got ", n);
   Reader read;
-  const at::Tensor anchor = read.tensor(args[0]), x = read.tensor(args[1]), weight = read.tensor(args[2]);
-  const at::Tensor bias = read.or_undefined(args[3]);
-  const Sums sums{read.tensor(args[4]), read.or_undefined(args[5])};
-  const int64_t samples = read.integer(args[6]);
-  const VectorsRule rule{true, read.integer(args[7]), read.integer(args[8])};
-  const Several several{read.or_undefined(args[9]), read.or_undefined(args[10])};
+  const at::Tensor x = read.tensor(args[0]), weight = read.tensor(args[1]), bias = read.or_undefined(args[2]);
+  const Sums sums{read.tensor(args[3]), read.or_undefined(args[4])};
+  const int64_t samples = read.integer(args[5]);
+  const VectorsRule rule{true, read.integer(args[6]), read.integer(args[7])};
+  const Several several{read.or_undefined(args[8]), read.or_undefined(args[9])};
   if (PyErr_Occurred()) return nullptr;
   if (!read.may_call() || x.dim() != 2 || x.size(0) != samples || !at::GradMode::is_enabled()) Py_RETURN_NONE;
   at::Tensor tapped;
   {
     const pybind11::gil_scoped_release no_gil;
     const at::Tensor y = at::linear(x, weight.detach(), bias.defined() ? bias.detach() : bias);
-    tapped = tap_vectors(y, anchor, x, sums, rule, several);
+    tapped = tap_vectors(y, x, sums, rule, several);
   }
   return THPVariable_Wrap(tapped);
   END_HANDLE_TH_ERRORS
@@ -406,11 +405,11 @@ PyMethodDef direct_ops[] = {
     {"proximal_", fastcall<proximal_>(), METH_FASTCALL,
      "torch.ops.ewc_fast.proximal_, likewise; its results. On the CPU a tuple of four numbers may stand for the rates."},
     {"tap_vectors", fastcall<tap_vectors>(), METH_FASTCALL,
-     "The tap of ewc_fast.fisher.capture for one vector per sample: output, anchor, input, sums of the weight's squares and "
+     "The tap of ewc_fast.fisher.capture for one vector per sample: output, input, sums of the weight's squares and "
      "of the bias's (None for none), whether the weight is (out, in), the rules' numbers, and for several backwards where "
      "to sum the output's squares and whether another follows (else None). None where only Python can."},
     {"tap_linear", fastcall<tap_linear>(), METH_FASTCALL,
-     "torch.nn.functional.linear of detached parameters, tapped: anchor, input, weight, bias, sums as above, how many "
+     "torch.nn.functional.linear of detached parameters, tapped: input, weight, bias, sums as above, how many "
      "samples the input must have, the rest as above. None where it may not be one vector per sample, or as above."},
     {"conv_squares_", fastcall<conv_squares_>(), METH_FASTCALL,
      "Adds the squares of a convolution's per-sample weight gradients over two dimensions, stride 1: sums, input, output "

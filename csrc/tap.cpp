@@ -5,9 +5,16 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include <algorithm>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/vector_squares.h"
@@ -15,7 +22,7 @@
 namespace ewc {
 namespace {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::Node;
 using torch::autograd::variable_list;
 
 bool are_rows(const at::Tensor& t) { return t.is_cpu() && t.dim() == 2 && t.is_contiguous(); }
@@ -82,51 +89,54 @@ void add_vectors_(const Sums& sums, const at::Tensor& x, const at::Tensor& g, bo
   }
 }
 
-struct TapVectors : torch::autograd::Function<TapVectors> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& y, const at::Tensor&, const at::Tensor& x,
-                            const Sums& sums, const VectorsRule& rule, const Several& several) {
-    ctx->save_for_backward({sums.weight.defined() ? x : at::Tensor()});
-    ctx->saved_data["weight"] = sums.weight;  // not saved as x is: the sums change before
-    ctx->saved_data["bias"] = sums.bias;
-    ctx->saved_data["squares"] = several.squares;
-    ctx->saved_data["again"] = several.again;
-    ctx->saved_data["left_is_g"] = rule.left_is_g;
-    ctx->saved_data["small"] = rule.small;
-    ctx->saved_data["vectors"] = rule.vectors;
-    return y.detach();  // which the model may change
-  }
+// The identity. A node of its own and no torch::autograd::Function: what that keeps by name and hands on argument by
+// argument takes longer than a small layer's squares.
+struct TapVectors : Node {
+  Sums sums;
+  VectorsRule rule{};
+  Several several;
+  torch::autograd::SavedVariable x;
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const at::Tensor weight = ctx->saved_data["weight"].toTensor(), bias = ctx->saved_data["bias"].toTensor();
-    const at::Tensor g = grads[0].to((weight.defined() ? weight : bias).scalar_type());
-    const at::Tensor squares = ctx->saved_data["squares"].toTensor();
-    if (squares.defined()) {
-      squares.addcmul_(g, g);
-      if (ctx->saved_data["again"].toTensor().item<bool>()) return gradients(grads[0]);
+    const at::Tensor& sum = sums.weight.defined() ? sums.weight : sums.bias;
+    at::Tensor g = grads[0].defined() ? grads[0].to(sum.scalar_type()) : grads[0];
+    const bool is_squared = several.squares.defined();
+    if (is_squared) {
+      if (g.defined()) several.squares.addcmul_(g, g);
+      g = *several.again.const_data_ptr<bool>() ? at::Tensor() : several.squares;
     }
-    if (weight.defined()) {
-      const VectorsRule rule{ctx->saved_data["left_is_g"].toBool(), ctx->saved_data["small"].toInt(),
-                             ctx->saved_data["vectors"].toInt()};
-      const at::Tensor x = ctx->get_saved_variables()[0];
-      add_vectors_({weight, bias}, x, squares.defined() ? squares : g, squares.defined(), rule);
-    } else {
-      bias.add_((squares.defined() ? squares : g.square()).sum(0));
+    if (g.defined() && sums.weight.defined()) {
+      add_vectors_(sums, x.unpack(), g, is_squared, rule);
+    } else if (g.defined()) {
+      sums.bias.add_((is_squared ? g : g.square()).sum(0));
     }
-    return gradients(grads[0]);
+    return std::move(grads);
   }
 
-  static variable_list gradients(const at::Tensor& g) {
-    variable_list all(6);  // one for each argument of forward
-    all[0] = g;
-    return all;
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    x.reset_data();
   }
+
+  std::string name() const override { return "TapVectors"; }
 };
+
+// Nodes are held by intrusive pointers, by shared ones before torch 2.13.
+template <typename T, typename Pointer = decltype(torch::autograd::Edge::function)>
+auto make_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
+    return std::shared_ptr<T>(new T, [](T* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<T>();
+  }
+}
 
 }  // namespace
 
-at::Tensor tap_vectors(const at::Tensor& y, const at::Tensor& anchor, const at::Tensor& x, const Sums& sums,
-                       const VectorsRule& rule, const Several& several) {
+at::Tensor tap_vectors(const at::Tensor& y, const at::Tensor& x, const Sums& sums, const VectorsRule& rule,
+                       const Several& several) {
   const at::Tensor& total = sums.weight;
   TORCH_CHECK(y.dim() == 2 && (!sums.bias.defined() || sums.bias.numel() == y.size(1)),
               "tap_vectors: the bias's sums do not fit the output");
@@ -134,9 +144,21 @@ at::Tensor tap_vectors(const at::Tensor& y, const at::Tensor& anchor, const at::
                                    total.size(rule.left_is_g ? 0 : 1) == y.size(1) &&
                                    total.size(rule.left_is_g ? 1 : 0) == x.size(1)),
               "tap_vectors: the weight's sums do not fit input and output");
-  // Kept in the precision in which autocast multiplied.
-  const at::Tensor saved = at::isReducedFloatingType(y.scalar_type()) ? x.detach().to(y.scalar_type()) : x.detach();
-  return TapVectors::apply(y, anchor, saved, sums, rule, several);
+  TORCH_CHECK(!several.again.defined() || (several.again.is_cpu() && several.again.scalar_type() == at::kBool),
+              "tap_vectors: whether another backward follows must be a bool on the CPU");
+  at::Tensor tapped = y.detach();  // which the model may change
+  const auto node = make_node<TapVectors>();
+  node->set_next_edges(torch::autograd::collect_next_edges(y));
+  node->sums = sums;
+  node->rule = rule;
+  node->several = several;
+  if (total.defined()) {
+    // Kept in the precision in which autocast multiplied.
+    const at::Tensor saved = at::isReducedFloatingType(y.scalar_type()) ? x.detach().to(y.scalar_type()) : x.detach();
+    node->x = torch::autograd::SavedVariable(saved, /*is_output=*/false);
+  }
+  torch::autograd::set_history(tapped, node);
+  return tapped;
 }
 
 }  // namespace ewc

@@ -27,9 +27,9 @@ struct Several {
   at::Tensor again;
 };
 
-// y, whose backward adds the squares of the samples' gradients g x^T to the weight's sums, and of g to the bias's.
-// `anchor` requires grad, where y may not.
-at::Tensor tap_vectors(const at::Tensor& y, const at::Tensor& anchor, const at::Tensor& x, const Sums& sums,
-                       const VectorsRule& rule, const Several& several);
+// y, whose backward adds the squares of the samples' gradients g x^T to the weight's sums, and of g to the bias's. It
+// requires grad, also where y does not.
+at::Tensor tap_vectors(const at::Tensor& y, const at::Tensor& x, const Sums& sums, const VectorsRule& rule,
+                       const Several& several);
 
 }  // namespace ewc

@@ -372,7 +372,7 @@ class Capture(TorchFunctionMode):
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
         self._shared: dict[int, _Shared] = {}
         self._squares: dict[tuple[str | None, ...], Tensor] = {}
-        self._more = torch.zeros((), dtype=torch.bool)  # _again, where native taps read it
+        self._more = None if once else torch.zeros((), dtype=torch.bool)  # _again, where native taps read it
         self._held: dict[str, list[Tensor]] = {}
         self._held_bytes = 0
         self._backward = self._again = False
@@ -433,7 +433,7 @@ class Capture(TorchFunctionMode):
         if sums is None or self._moved or self._shared or id(input) in self._names:
             return None
         several = self._several(names, (self._size, len(weight)), sums[0])
-        tapped = _tap_linear(self._anchor, input, weight, bias, *sums, self._size, SMALL, VECTORS, *several)
+        tapped = _tap_linear(input, weight, bias, *sums, self._size, SMALL, VECTORS, *several)
         if tapped is not None and not self._backward:
             self._count_uses(names)
         return tapped
@@ -629,7 +629,7 @@ class Capture(TorchFunctionMode):
         if weight is not None and bias is not None and weight.dtype != bias.dtype:
             return None
         several = self._several(tuple(names), y.shape, self._sums[names[0]])
-        tapped = _tap_vectors(y, self._anchor, x, weight, bias, left_is_g, SMALL, VECTORS, *several)
+        tapped = _tap_vectors(y, x, weight, bias, left_is_g, SMALL, VECTORS, *several)
         if tapped is not None and weight is not None and left_is_g:
             self._native[names[0], names[1] if bias is not None else None] = weight, bias
         return tapped
@@ -826,8 +826,9 @@ class Capture(TorchFunctionMode):
     def backward(self, z: Tensor, cotangent: Tensor, *, again: bool) -> None:
         """Runs one backward from the output, with everything that it leads to; ``again``: another one follows."""
         assert not (again and self._once)
+        if self._more is not None and self._again != again:
+            self._more.fill_(again)
         self._backward, self._again = True, again
-        self._more.fill_(again)
         if z.requires_grad:
             cotangents = (cotangent.to(z.dtype),)
             # Autocast would take the products in half precision. The mode is for what checkpoints run again, which

@@ -34,7 +34,8 @@ def estimate_fisher(
     The Fisher is the mean over samples of the squared gradient of *one sample's* log-likelihood (Kirkpatrick et al.
     2017; Martens 2020, section 5). The kinds differ in the labels:
 
-    - ``"exact"``: the expectation over all classes, ``sum_c p_c (d log p_c)^2``; one backward per class.
+    - ``"exact"``: the expectation over all classes, ``sum_c p_c (d log p_c)^2``; one backward per class but one (the
+      factor of the classes' covariance in Tanabe and Sagae 1992 has so many columns).
     - ``"sampled"``: one label per sample drawn from the model; unbiased, and about as cheap as ``"empirical"``.
     - ``"empirical"``: the given labels. Equal to the Fisher only where the model fits the data's distribution
       (Kunstner et al. 2019 show how far apart they may be).
@@ -93,6 +94,8 @@ def estimate_fisher(
             are no tensor, a generator that is none.
 
     References:
+        Tanabe and Sagae, "An exact Cholesky decomposition and the generalized inverse of the variance-covariance matrix
+        of the multinomial distribution, with applications", Journal of the Royal Statistical Society B, 1992.
         Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017.
         Martens, "New insights and perspectives on the natural gradient method", JMLR 2020.
         Kunstner et al., "Limitations of the empirical Fisher approximation for natural gradient descent", NeurIPS 2019.

@@ -329,7 +329,8 @@ class FisherEstimator:
         """What to take at a time of a batch of so many samples."""
         parts, self._hold = 1, held_bytes(self.device)
         if self._output_bytes and self._why_uncovered is None:
-            parts = size // samples_at_once(size, self._output_bytes, self.device)
+            largest = max(total.numel() * total.element_size() for total in self._sums.values())
+            parts = size // samples_at_once(size, self._output_bytes, largest, self.device)
             if parts > 1:
                 self._hold = min(self._hold, (size - size // parts) * self._output_bytes)
         return [slice(size * i // parts, size * (i + 1) // parts) for i in range(parts)]

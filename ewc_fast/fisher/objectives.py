@@ -17,6 +17,7 @@ KINDS = ("exact", "sampled", "empirical", "predicted", "reversed", "batch")
 LOSSES = ("cross_entropy", "binary_cross_entropy", "gaussian", "causal_lm")
 _GIVEN = frozenset({"empirical", "reversed", "batch"})
 EXACT_BACKWARDS = 4096  # of one batch
+_EXACT_NUMBERS = 1 << 14  # of cotangents held at once
 _TELLING, _ALIKE = 8, 0.9  # so many labels, of which such a share equals the input, are no chance
 _MANY_CLASSES, _BLOCK = 1024, 256  # see draw_classes
 _PER = {"sample": "sample", "label": "position"}  # what has a label of its own, by the unit
@@ -299,21 +300,46 @@ class CrossEntropy(Objective):
     def _exact(self, z: Tensor, every: Tensor | None, probs: Tensor) -> Iterator[Tensor]:
         num_classes = z.shape[-1]
         if every is None:
-            every = z.new_ones(z.shape[:-1], dtype=torch.bool)
-        flat = every.reshape(len(z), -1)  # (N, positions)
-        rows = torch.zeros_like(z).reshape(*flat.shape, num_classes)
-        rows[flat] = probs.reshape(-1, num_classes)
-        used = flat.any(0).nonzero()[:, 0].tolist()
-        check_backwards(len(used) * num_classes, f"{len(used)} positions of {num_classes} classes")
+            rows = probs.reshape(len(z), -1, num_classes)  # (N, positions, C)
+            used = list(range(rows.shape[1]))
+        else:
+            flat = every.reshape(len(z), -1)
+            rows = torch.zeros_like(z).reshape(*flat.shape, num_classes)  # nothing follows from what does not count
+            rows[flat] = probs
+            used = flat.any(0).nonzero()[:, 0].tolist()
+        check_backwards(len(used) * (num_classes - 1), f"{len(used)} positions of {num_classes} classes")
         for position in used:
-            p = rows[:, position]
-            for c in range(num_classes):
-                cotangent = torch.zeros_like(rows)
-                classes = torch.full((len(z),), c, dtype=torch.long, device=z.device)
-                cotangent[:, position] = (
-                    p[:, c : c + 1].sqrt() * residual_(p.clone(), classes) * flat[:, position, None]
-                )
-                yield cotangent.reshape(z.shape)
+            for cotangent in factor_of_covariance(rows[:, position]):
+                if z.dim() > 2:
+                    at_position = torch.zeros_like(rows)
+                    at_position[:, position] = cotangent
+                    cotangent = at_position.reshape(z.shape)
+                yield cotangent
+
+
+def factor_of_covariance(probs: Tensor) -> Iterator[Tensor]:
+    """Of probabilities (N, C), ``C - 1`` tensors l of this shape: the sum of ``l l^T`` is ``diag(p) - p p^T``.
+
+    So it is for the ``C`` residuals ``sqrt(p_c) (1_c - p)``, whose sum of squares is the expectation over the classes;
+    but these are one fewer. The Cholesky factor has a closed form in which nothing is subtracted, each class against
+    all that come after it: Tanabe and Sagae, "An exact Cholesky decomposition and the generalized inverse of the
+    variance-covariance matrix of the multinomial distribution, with applications", JRSS B, 1992.
+    """
+    tiny = torch.finfo(probs.dtype).tiny
+    count, num_classes = probs.shape
+    from_here = probs.flip(-1).cumsum(-1).flip(-1)
+    later = from_here[:, 1:]
+    share = (probs / from_here.clamp_min(tiny))[:, :-1]
+    here, of_later = (share * later).sqrt(), (share / later.clamp_min(tiny)).sqrt().neg_()
+    # Several at once: on small models these few numbers would take as long as the backward passes.
+    at_once = max(1, _EXACT_NUMBERS // max(1, probs.numel()))
+    for first in range(0, num_classes - 1, at_once):
+        classes = slice(first, min(first + at_once, num_classes - 1))
+        factors = probs.new_empty(classes.stop - first, count, num_classes)
+        by_sample = factors.transpose(0, 1)
+        torch.mul(probs[:, None], of_later[:, classes, None], out=by_sample)
+        by_sample.triu_(first + 1).diagonal(first, 1, 2).copy_(here[:, classes])
+        yield from factors
 
 
 def residual_(probs: Tensor, classes: Tensor) -> Tensor:

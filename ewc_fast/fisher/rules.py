@@ -24,9 +24,9 @@ _BLOCK_BYTES_ELSEWHERE = 256 << 20
 # Gradients of several cotangents held at once, in all operations together.
 _HELD_BYTES = {"cpu": 64 << 20}
 _HELD_BYTES_ELSEWHERE = 512 << 20
-# Several cotangents: a batch whose layers' outputs take more is taken in parts, of no fewer samples. Not on a GPU, most
-# of which would be idle.
-_PART_BYTES = 4 << 20
+# Several cotangents: a batch whose layers' outputs take more than this, and than the largest parameter, is taken in
+# parts, of no fewer samples. Not on a GPU, most of which would be idle.
+_PART_BYTES = 256 << 10
 _PART_SAMPLES = 8
 # Elements. Below, BLAS libraries add each product to what they are given, which in fp32 loses digits of a long sum;
 # above, they add the sum of the products.
@@ -45,18 +45,19 @@ def held_bytes(device: torch.device) -> int:
     return _HELD_BYTES.get(device.type, _HELD_BYTES_ELSEWHERE)
 
 
-def samples_at_once(size: int, output_bytes: int, device: torch.device) -> int:
+def samples_at_once(size: int, output_bytes: int, largest_bytes: int, device: torch.device) -> int:
     """Into parts of how many samples to divide a batch that has several backwards.
 
     So that the part's graph, which stays until its last backward, and the gradients that are held of it together take
-    no more memory than the graph of the whole batch.
+    no more memory than the graph of the whole batch and one copy of the largest parameter.
 
     Args:
         size: Samples in the batch.
         output_bytes: Of the layers' outputs for one sample.
+        largest_bytes: Of the largest parameter.
         device: Where.
     """
-    if device.type != "cpu" or size * output_bytes <= _PART_BYTES:
+    if device.type != "cpu" or size * output_bytes <= max(_PART_BYTES, largest_bytes):
         return size
     return min(size, max(_PART_SAMPLES, size // 2))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ewc_fast.fisher import FisherEstimator, FisherInfo, estimate_fisher, rules
+from ewc_fast.fisher import FisherEstimator, FisherInfo, estimate_fisher, estimator, rules
 from tests.fisher import brute_force, models
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
 
@@ -489,8 +489,7 @@ def test_not_finite_names_batch_and_layer(kind: str) -> None:
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every batch is divided, into parts of two to four; how many samples each had is noted."""
-    monkeypatch.setattr(rules, "_PART_BYTES", 0)
-    monkeypatch.setattr(rules, "_PART_SAMPLES", 2)
+    monkeypatch.setattr(estimator, "samples_at_once", lambda size, *_: min(size, max(2, size // 2)))
     seen: list[int] = []
     add = FisherEstimator._add_per_sample
 
@@ -536,9 +535,11 @@ def test_one_backward_takes_the_whole_batch(kind: str, parts: list[int]) -> None
 
 def test_how_many_samples_at_once() -> None:
     cpu, mib = torch.device("cpu"), 1 << 20
-    assert rules.samples_at_once(128, mib // 64, cpu) == 128  # small: 2 MiB
-    assert rules.samples_at_once(6, mib, cpu) == 6
-    assert rules.samples_at_once(15, mib, cpu) == 8
-    assert rules.samples_at_once(20, mib, cpu) == 10
-    assert rules.samples_at_once(128, mib, cpu) == 64
-    assert rules.samples_at_once(128, mib, torch.device("cuda")) == 128
+    assert rules.samples_at_once(128, mib // 512, 0, cpu) == 128  # small: 256 KiB
+    assert rules.samples_at_once(128, mib // 64, 2 * mib, cpu) == 128  # no more than the largest parameter
+    assert rules.samples_at_once(128, mib // 64, mib, cpu) == 64
+    assert rules.samples_at_once(6, mib, 0, cpu) == 6
+    assert rules.samples_at_once(15, mib, 0, cpu) == 8
+    assert rules.samples_at_once(20, mib, 0, cpu) == 10
+    assert rules.samples_at_once(128, mib, mib, cpu) == 64
+    assert rules.samples_at_once(128, mib, mib, torch.device("cuda")) == 128

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ewc_fast.fisher import FisherEstimator, estimate_fisher
+from ewc_fast.fisher import FisherEstimator, estimate_fisher, objectives
 from ewc_fast.fisher.objectives import draw_classes
 from tests.fisher import brute_force, models
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
@@ -318,10 +318,32 @@ def test_units_do_not_mix() -> None:
             resumed.update(batches[1])
 
 
+@pytest.mark.parametrize("classes", [2, 3, 10, 33])
+@pytest.mark.parametrize("at_once", [1, 60, 1 << 14])
+def test_factor_of_the_covariance(classes: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diag(p) - p p^T, to rounding; also where a class is certain, or nearly, and with what does not count."""
+    monkeypatch.setattr(objectives, "_EXACT_NUMBERS", at_once)
+    logits = 4 * torch.randn(6, classes, dtype=torch.float64)
+    logits[0, 0], logits[1, -1] = 60.0, 60.0
+    probs = logits.softmax(-1).float()
+    probs[2] = torch.nn.functional.one_hot(torch.tensor(classes // 2), classes)
+    probs[3] = 0  # what does not count
+    columns = list(objectives.factor_of_covariance(probs))
+    assert len(columns) == classes - 1
+    factor = torch.stack(columns, -1).double()
+    p = probs.double()
+    others = (p[:, None] * (1 - torch.eye(classes, dtype=torch.float64))).sum(-1)  # 1 - p would cancel
+    expected = (-p[:, :, None] * p[:, None]).diagonal_scatter(p * others, dim1=1, dim2=2)
+    size = expected.diagonal(dim1=1, dim2=2).sqrt()
+    off = (factor @ factor.mT - expected).abs()
+    assert (off <= 1e-6 * size[:, :, None] * size[:, None]).all()
+    assert not factor[2:4].any()
+
+
 def test_exact_of_too_many() -> None:
     model = nn.Linear(2, 500)
     batch = (torch.randn(2, 10, 2), torch.zeros(2, 10, dtype=torch.long))
-    with pytest.raises(ValueError, match="batch 0: .*5000 backward passes.*10 positions of 500 classes.*'sampled'"):
+    with pytest.raises(ValueError, match="batch 0: .*4990 backward passes.*10 positions of 500 classes.*'sampled'"):
         estimate_fisher(model, [batch], kind="exact")
 
 
