@@ -219,8 +219,7 @@ class FisherEstimator:
         else:
             if not self._status:
                 self._look(batch, size)
-            parts = self._parts(size)
-            terms = sum(self._add_per_sample(take(batch, part, size), part.stop - part.start) for part in parts)
+            terms = sum(self._add_per_sample(part, count) for part, count in self._parts(batch, size))
         if not (self._batches + 1) & self._batches:  # 1, 2, 4, 8, ...: each reads as much as the Fisher is large
             self._check_squares(self._batches + 1)
         self.num_samples += size
@@ -325,15 +324,19 @@ class FisherEstimator:
                             add(name)
         return target.terms
 
-    def _parts(self, size: int) -> list[slice]:
-        """What to take at a time of a batch of so many samples."""
-        parts, self._hold = 1, held_bytes(self.device)
+    def _parts(self, batch: Any, size: int) -> Iterator[tuple[Any, int]]:
+        """What to take at a time of a batch of so many samples, and how many these are."""
+        count, self._hold = 1, held_bytes(self.device)
         if self._output_bytes and self._why_uncovered is None:
             largest = max(total.numel() * total.element_size() for total in self._sums.values())
-            parts = size // samples_at_once(size, self._output_bytes, largest, self.device)
-            if parts > 1:
-                self._hold = min(self._hold, (size - size // parts) * self._output_bytes)
-        return [slice(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
+            count = size // samples_at_once(size, self._output_bytes, largest, self.device)
+        if count == 1:
+            yield batch, size
+            return
+        self._hold = min(self._hold, (size - size // count) * self._output_bytes)
+        for i in range(count):
+            part = slice(size * i // count, size * (i + 1) // count)
+            yield take(batch, part, size), part.stop - part.start
 
     def _add_per_sample(self, batch: Any, size: int) -> int:
         for _ in range(_MAX_LOOKS + len(self._params)):
