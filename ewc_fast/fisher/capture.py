@@ -439,13 +439,7 @@ class Capture(TorchFunctionMode):
         return tapped
 
     def _found(self, args: Any, kwargs: Any) -> list[str]:
-        found = []
-        for a in (*args, *kwargs.values()):
-            for t in a if isinstance(a, (list, tuple)) else (a,):
-                name = self._names.get(id(t))
-                if name is not None and self.status.get(name) != UNCOVERED:
-                    found.append(name)
-        return found
+        return [name for name in _named(self._names, args, kwargs) if self.status.get(name) != UNCOVERED]
 
     def _moves_samples(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Whether rows are picked or put by what the data say, so that a row's number no longer is its sample's."""
@@ -859,12 +853,23 @@ class Uses(TorchFunctionMode):
     def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if next(_tensors((result,), {}), None) is not None:  # not a shape, say
-            for t in _tensors(args, kwargs):
-                if id(t) in self._names:
-                    self.count[self._names[id(t)]] += 1
-                    self.without_graph |= not torch.is_grad_enabled()
+        used = _named(self._names, args, kwargs)
+        if used and next(_tensors((result,), {}), None) is not None:  # not a shape, say
+            for name in used:
+                self.count[name] += 1
+            self.without_graph |= not torch.is_grad_enabled()
         return result
+
+
+def _named(names: Mapping[int, str], args: Any, kwargs: Any) -> list[str]:
+    """The names, by id, of what an operation is given, alone or in a list."""
+    found = []
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, (list, tuple)):
+            found += [names[id(t)] for t in a if id(t) in names]
+        elif id(a) in names:
+            found.append(names[id(a)])
+    return found
 
 
 def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
