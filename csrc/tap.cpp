@@ -123,7 +123,7 @@ struct TapVectors : Node {
   std::string name() const override { return "TapVectors"; }
 };
 
-// Nodes are held by intrusive pointers, by shared ones before torch 2.13.
+// Nodes are held by intrusive pointers, by shared ones in older versions of torch (2.11).
 template <typename T, typename Pointer = decltype(torch::autograd::Edge::function)>
 auto make_node() {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
