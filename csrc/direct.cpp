@@ -248,7 +248,7 @@ PyObject* tap_vectors(PyObject*, PyObject* const* args, Py_ssize_t n) {
   const VectorsRule rule{read.boolean(args[4]), read.integer(args[5]), read.integer(args[6])};
   const Several several{read.or_undefined(args[7]), read.or_undefined(args[8])};
   if (PyErr_Occurred()) return nullptr;
-  if (!read.may_call()) Py_RETURN_NONE;
+  if (!read.may_call() || !at::GradMode::is_enabled()) Py_RETURN_NONE;
   return THPVariable_Wrap(tap_vectors(y, x, sums, rule, several));
   END_HANDLE_TH_ERRORS
 }

@@ -96,7 +96,7 @@ class FisherEstimator:
         self._looks: dict[str, int] = {}
         self._embedded: dict[str, str] = {}
         self._output_bytes = 0  # of the layers for a sample, where a batch may be taken in parts
-        self._hold = held_bytes(self.device)
+        self._hold = 0  # bytes, likewise
         self._often: set[str] = set()
         self._native: dict[tuple[str | None, str | None], tuple[Tensor, Tensor | None]] = {}
         self._vectorised = self._changes_inputs = True  # until a call has shown that they need not be copied
@@ -326,14 +326,14 @@ class FisherEstimator:
 
     def _parts(self, batch: Any, size: int) -> Iterator[tuple[Any, int]]:
         """What to take at a time of a batch of so many samples, and how many these are."""
-        count, self._hold = 1, held_bytes(self.device)
-        if self._output_bytes and self._why_uncovered is None:
-            largest = max(total.numel() * total.element_size() for total in self._sums.values())
-            count = size // samples_at_once(size, self._output_bytes, largest, self.device)
+        count, output_bytes = 1, self._output_bytes
+        largest = max(total.numel() * total.element_size() for total in self._sums.values())
+        if output_bytes and self._why_uncovered is None:
+            count = size // samples_at_once(size, output_bytes, largest, self.device)
+        self._hold = held_bytes(-(-size // count) * output_bytes, largest, self.device)
         if count == 1:
             yield batch, size
             return
-        self._hold = min(self._hold, (size - size // count) * self._output_bytes)
         for i in range(count):
             part = slice(size * i // count, size * (i + 1) // count)
             yield take(batch, part, size), part.stop - part.start

@@ -22,7 +22,7 @@ _conv_squares_ = direct("conv_squares_")
 _BLOCK_BYTES = {"cpu": 2 << 20}
 _BLOCK_BYTES_ELSEWHERE = 256 << 20
 # Gradients of several cotangents held at once, in all operations together.
-_HELD_BYTES = {"cpu": 64 << 20}
+_HELD_BYTES = 64 << 20
 _HELD_BYTES_ELSEWHERE = 512 << 20
 # Several cotangents: a batch whose layers' outputs take more than this, and than the largest parameter, is taken in
 # parts, of no fewer samples. Not on a GPU, most of which would be idle.
@@ -40,9 +40,17 @@ def block_bytes(device: torch.device) -> int:
     return _BLOCK_BYTES.get(device.type, _BLOCK_BYTES_ELSEWHERE)
 
 
-def held_bytes(device: torch.device) -> int:
-    """How many bytes of gradients of several cotangents to hold at once."""
-    return _HELD_BYTES.get(device.type, _HELD_BYTES_ELSEWHERE)
+def held_bytes(graph_bytes: int, largest_bytes: int, device: torch.device) -> int:
+    """How many bytes of gradients of several cotangents to hold at once.
+
+    Args:
+        graph_bytes: Of the layers' outputs for the samples taken at once; 0 where that is not known.
+        largest_bytes: Of the largest parameter.
+        device: Where.
+    """
+    if device.type != "cpu":
+        return _HELD_BYTES_ELSEWHERE
+    return min(_HELD_BYTES, max(graph_bytes, largest_bytes - graph_bytes)) if graph_bytes else _HELD_BYTES
 
 
 def samples_at_once(size: int, output_bytes: int, largest_bytes: int, device: torch.device) -> int:

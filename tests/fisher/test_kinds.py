@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc_fast.fisher import FisherEstimator, FisherInfo, estimate_fisher, estimator, rules
+from ewc_fast.fisher.capture import Capture
 from tests.fisher import brute_force, models
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
 
@@ -490,6 +491,10 @@ def test_not_finite_names_batch_and_layer(kind: str) -> None:
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every batch is divided, into parts of two to four; how many samples each had is noted."""
     monkeypatch.setattr(estimator, "samples_at_once", lambda size, *_: min(size, max(2, size // 2)))
+    return taken(monkeypatch)
+
+
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     add = FisherEstimator._add_per_sample
 
@@ -533,6 +538,48 @@ def test_one_backward_takes_the_whole_batch(kind: str, parts: list[int]) -> None
     assert parts == [6]
 
 
+@pytest.mark.parametrize(("hidden", "inputs", "expected"), [(256, 64, [64, 64]), (256, 300, [128]), (64, 64, [128])])
+def test_which_batches_are_divided(
+    hidden: int, inputs: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs beyond 256 KiB and the largest parameter; a resumed estimate divides as one without interruption."""
+    seen = taken(monkeypatch)
+    layers = [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 10)]
+    model, batches = nn.Sequential(*layers), [torch.randn(128, inputs) for _ in range(2)]
+    whole, first, second = (FisherEstimator(model, "exact") for _ in range(3))
+    first.update(batches[0])
+    second.load_state_dict(first.state_dict())
+    second.update(batches[1])
+    for batch in batches:
+        whole.update(batch)
+    assert seen == 4 * expected
+    assert all(torch.equal(f, second.result()[name]) for name, f in whole.result().items())
+
+
+@pytest.mark.parametrize(("size", "wide"), [(64, False), (64, True), (12, False)])
+def test_gradients_of_convolutions_that_are_held(size: int, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take no more than the outputs, or what these leave of the largest parameter, and one gradient."""
+    held, hold = [], Capture._hold
+
+    def note(self: Capture, name: str, rule: Any, x: Tensor, g: Tensor) -> None:
+        held.append(self._held_bytes + g.nbytes)
+        hold(self, name, rule, x, g)
+
+    monkeypatch.setattr(Capture, "_hold", note)
+    head = [nn.Linear(512, 768), nn.Tanh(), nn.Linear(768, 20)] if wide else [nn.Linear(512, 20)]
+    model = nn.Sequential(nn.Conv2d(2, 8, 3, 2), nn.Tanh(), nn.Conv2d(8, 8, 3, 2, 1), nn.Flatten(), *head)
+    batch = torch.randn(size, 2, 33, 33)
+    found = estimate_fisher(model, [batch], kind="exact")
+    assert_fisher(found, brute_force.fisher(model, [batch], "exact"))
+    shapes = [(8, 16, 16), (8, 8, 8)]
+    outputs = sum(8 * side * side for _, side, _ in shapes) + (768 if wide else 0) + 20
+    at_once = 4 * outputs * (size if wide or size < 16 else size // 2)
+    largest = 4 * (512 * 768 if wide else 512 * 20)
+    room = max(at_once, largest - at_once)
+    one = 4 * (size if wide or size < 16 else size // 2) * 8 * 16 * 16
+    assert room / 2 < max(held) <= room + one
+
+
 def test_how_many_samples_at_once() -> None:
     cpu, mib = torch.device("cpu"), 1 << 20
     assert rules.samples_at_once(128, mib // 512, 0, cpu) == 128  # small: 256 KiB
@@ -543,3 +590,11 @@ def test_how_many_samples_at_once() -> None:
     assert rules.samples_at_once(20, mib, 0, cpu) == 10
     assert rules.samples_at_once(128, mib, mib, cpu) == 64
     assert rules.samples_at_once(128, mib, mib, torch.device("cuda")) == 128
+
+
+def test_how_many_bytes_are_held() -> None:
+    cpu, mib = torch.device("cpu"), 1 << 20
+    assert rules.held_bytes(3 * mib, mib, cpu) == 3 * mib
+    assert rules.held_bytes(3 * mib, 10 * mib, cpu) == 7 * mib
+    assert rules.held_bytes(3 * mib, 1 << 30, cpu) == rules.held_bytes(0, mib, cpu) == 64 * mib
+    assert rules.held_bytes(3 * mib, mib, torch.device("cuda")) == 512 * mib

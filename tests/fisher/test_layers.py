@@ -790,7 +790,7 @@ def test_exact(name: str) -> None:
 @pytest.mark.parametrize("limit", [0, 1000])
 def test_exact_with_little_memory(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of several classes held until so many bytes, per-sample ones in blocks of so many."""
-    monkeypatch.setitem(rules._HELD_BYTES, "cpu", limit)
+    monkeypatch.setattr(rules, "_HELD_BYTES", limit)
     monkeypatch.setitem(rules._BLOCK_BYTES, "cpu", limit)
     for name in ("layer-conv2d_uneven", "layer-linear_wide", "model-in_place_conv_net"):
         check(CASES[name], "exact", torch.float64)

@@ -319,7 +319,7 @@ def test_units_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 33])
-@pytest.mark.parametrize("at_once", [1, 60, 1 << 14])
+@pytest.mark.parametrize("at_once", [1, 200, 1 << 14])
 def test_factor_of_the_covariance(classes: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """diag(p) - p p^T, to rounding; also where a class is certain, or nearly, and with what does not count."""
     monkeypatch.setattr(objectives, "_EXACT_NUMBERS", at_once)

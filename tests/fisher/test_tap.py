@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -398,9 +399,55 @@ def test_the_direct_call_refuses_what_it_cannot_read() -> None:
         assert direct(*good[:i], bad, *good[i + 1 :]) is None
     with BaseTorchFunctionMode():
         assert direct(*good) is None
+    with torch.no_grad():
+        assert direct(*good) is None
+    with pytest.raises(RuntimeError, match="must be a bool on the CPU"):
+        direct(*good[:-2], torch.zeros(4, 2), torch.ones(()))
     for i, bad in ((1, torch.ones(5, 3)), (2, torch.ones(3, 2)), (3, torch.ones(3))):
         with pytest.raises(RuntimeError, match="sums do not fit"):
             direct(*good[:i], bad, *good[i + 1 :])
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, times: list[Tensor | None]) -> Tensor:
+        ctx.times = times
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return ctx.times.pop(0), None
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("last_is_none", [False, True])
+def test_a_tap_without_a_gradient(last_is_none: bool) -> None:
+    """What an earlier or a later backward gave still counts."""
+    direct = importlib.import_module("ewc_fast._C").tap_vectors
+    x, g, again = torch.randn(4, 3), torch.randn(4, 2), torch.ones((), dtype=torch.bool)
+    weight, bias, squares = torch.zeros(2, 3), torch.zeros(2), torch.zeros(4, 2)
+    tapped = direct(torch.ones(4, 2), x, weight, bias, True, rules.SMALL, rules.VECTORS, squares, again)
+    z = NoGradient.apply(tapped, [g, None] if last_is_none else [None, g])
+    z.backward(g, retain_graph=True)
+    assert not weight.any()
+    again.fill_(False)
+    z.backward(g)
+    torch.testing.assert_close(weight, g.square().t() @ x.square())
+    torch.testing.assert_close(bias, g.square().sum(0))
+
+    tapped = direct(torch.ones(4, 2), x, weight.zero_(), bias, True, rules.SMALL, rules.VECTORS, None, None)
+    NoGradient.apply(tapped, [None]).sum().backward()
+    assert not weight.any()
+
+
+@pytest.mark.native
+def test_a_tap_frees_its_input() -> None:
+    direct = importlib.import_module("ewc_fast._C").tap_vectors
+    x, weight = torch.randn(4, 3), torch.zeros(2, 3)
+    tapped = direct(torch.ones(4, 2), x, weight, None, True, rules.SMALL, rules.VECTORS, None, None)
+    tapped.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        tapped.sum().backward()
 
 
 @pytest.mark.native
