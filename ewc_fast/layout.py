@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from ewc_fast.ops.memory import aligned, memory_strides
 
@@ -128,7 +129,9 @@ def check_whole(name: str, p: Tensor) -> None:
 
 
 def check_materialised(name: str, t: Tensor) -> None:
-    """Raises for a tensor on the meta device."""
+    """Raises for a tensor on the meta device, and for a parameter of a lazy layer before its first batch."""
+    if isinstance(t, UninitializedParameter):
+        raise ValueError(f"{name} of a lazy layer has no shape yet: run the model on a batch first")
     if t.device.type == "meta":
         raise ValueError(f"{name} is on the meta device and holds no numbers: materialise the model first")
 

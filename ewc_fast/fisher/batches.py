@@ -76,11 +76,21 @@ def batch_size(batch: Any) -> int:
     return tensors[0].shape[0]
 
 
+def is_strings(part: Any, size: int) -> bool:
+    """Whether it is a list of strings, one for each sample, as loaders' collators make of strings."""
+    return isinstance(part, (list, tuple)) and len(part) == size and all(isinstance(s, str) for s in part)
+
+
 def take(batch: Any, samples: slice, size: int) -> Any:
-    """Some samples of a batch: what is not a tensor with ``size`` rows belongs to all of them."""
-    leaves, tree = tree_flatten(batch)
-    part = [t[samples] if isinstance(t, Tensor) and t.dim() and len(t) == size else t for t in leaves]
-    return tree_unflatten(part, tree)
+    """Some samples of a batch: what is neither a tensor with ``size`` rows nor so many strings belongs to all."""
+    leaves, tree = tree_flatten(batch, is_leaf=lambda part: is_strings(part, size))
+    rows = [isinstance(t, Tensor) and t.dim() and len(t) == size or is_strings(t, size) for t in leaves]
+    return tree_unflatten([t[samples] if cut else t for t, cut in zip(leaves, rows, strict=True)], tree)
+
+
+def lengths(batch: Any) -> set[int]:
+    """Of all its tensors."""
+    return {len(t) for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.dim()}
 
 
 def take_apart(batch: Any) -> Call:

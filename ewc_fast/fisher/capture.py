@@ -372,7 +372,8 @@ class Capture(TorchFunctionMode):
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
         self._shared: dict[int, _Shared] = {}
         self._squares: dict[tuple[str | None, ...], Tensor] = {}
-        self._more = None if once else torch.zeros((), dtype=torch.bool)  # _again, where native taps read it
+        # _again, where native taps read it.
+        self._more = None if once else torch.zeros((), dtype=torch.bool, device="cpu")
         self._held: dict[str, list[Tensor]] = {}
         self._held_bytes = 0
         self._backward = self._again = False

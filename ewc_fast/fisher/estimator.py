@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ewc_fast.fisher.batches import batch_size, take, to_device
+from ewc_fast.fisher.batches import batch_size, lengths, take, to_device
 from ewc_fast.fisher.capture import SILENT, UNCOVERED, Capture, StatusChanged, Uses
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.fisher.fallback import NotVectorised, add_in_loop, add_vectorised
@@ -24,6 +25,7 @@ from ewc_fast.ops.fisher import fisher_accumulate_
 
 _LOOK_SAMPLES = 4  # of the batch, to find out where in each operation the samples lie
 _MAX_LOOKS = 3
+_ONE_AT_A_TIME = threading.RLock()  # a model's parameters are replaced meanwhile, and one of torch's flags is changed
 
 
 class FisherEstimator:
@@ -186,11 +188,15 @@ class FisherEstimator:
         Raises:
             ValueError, TypeError: As there, with the batch's index. After an error the estimate is not to be used.
         """
+        with _ONE_AT_A_TIME:
+            self._update(batch)
+
+    def _update(self, batch: Any) -> None:
         self._check_open()
         fastpath = torch.backends.mha.get_fastpath_enabled()
         try:
             evaluation = module_mode(self._model, training=False, modules=self._modules)
-            with evaluation, torch.inference_mode(False), torch.enable_grad():
+            with evaluation, torch.inference_mode(False), torch.enable_grad(), self._no_gradient_passes_by():
                 self._read_model()
                 torch.backends.mha.set_fastpath_enabled(False)  # it uses parameters out of sight
                 self._add(to_device(batch, self.device))
@@ -204,6 +210,27 @@ class FisherEstimator:
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
         self._batches += 1
+
+    @contextmanager
+    def _no_gradient_passes_by(self) -> Iterator[None]:
+        """Puts the parameters' own gradients aside; raises where one comes to them instead of to what replaces them."""
+        own = {inner: held[attribute] for held, attribute, inner in self._places}
+        own = {inner: t for inner, t in own.items() if t.requires_grad and t.is_leaf}
+        before = {inner: p.grad for inner, p in own.items() if p.grad is not None}
+        try:
+            for inner in before:
+                own[inner].grad = None
+            yield
+            for inner, p in own.items():
+                if p.grad is not None:
+                    raise ValueError(
+                        f"{self._outer.get(inner, inner)} is used through a reference of the model's own (a list, a "
+                        "closure), where its gradient is not seen: let forward() read it from the module that has it"
+                    )
+        finally:
+            for inner, p in own.items():
+                if p.grad is not before.get(inner):
+                    p.grad = before.get(inner)
 
     def _add(self, batch: Any) -> None:
         size = batch_size(batch)
@@ -330,6 +357,8 @@ class FisherEstimator:
         largest = max(total.numel() * total.element_size() for total in self._sums.values())
         if output_bytes and self._why_uncovered is None:
             count = size // samples_at_once(size, output_bytes, largest, self.device)
+            if {-(-size // count), size // count} & lengths(batch):  # of all samples, and would pass for a part's rows
+                count = 1
         self._hold = held_bytes(-(-size // count) * output_bytes, largest, self.device)
         if count == 1:
             yield batch, size
@@ -400,7 +429,8 @@ class FisherEstimator:
                 with capture:
                     z = self._output(part)
                 looked = True
-                noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z.device, z.dtype)
+                generator = torch.Generator("cpu").manual_seed(0)
+                noise = torch.randn(z.shape, generator=generator, device="cpu").to(z.device, z.dtype)
                 capture.backward(z, noise, again=True)
                 factors = 2.0 ** torch.arange(few, device=z.device)
                 capture.factors = factors
@@ -458,6 +488,8 @@ class FisherEstimator:
                 raise StatusChanged
             target = self._target(z, batch)
             self._methods.add("hooks" if covered else "vmap")
+            if silent:  # heard in a backward of the model's own, as of an energy to forces: that comes but once
+                rest |= {name: self._params[name].detach() for name in capture.awake()}
             for cotangent, more in self._cotangents(z, target):
                 if covered:
                     capture.backward(z, cotangent, again=more)
@@ -566,6 +598,7 @@ class FisherEstimator:
             "methods": sorted(self._methods),
             "settings": self._objective.settings(),
             "status": [dict(self._status), dict(self._looks), dict(self._embedded)],
+            "often": sorted(self._often),
             "output_bytes": self._output_bytes,
             "reentrant": self._reentrant,
             "generator": None if self._generator is None else self._generator.get_state(),
@@ -603,6 +636,7 @@ class FisherEstimator:
         self._checked = 0
         self._methods = set(state["methods"])
         self._status, self._looks, self._embedded = (dict(known) for known in state["status"])
+        self._often = set(state.get("often", ()))
         self._output_bytes = int(state.get("output_bytes", 0))
         self._reentrant = bool(state.get("reentrant", False))
         self._native.clear()

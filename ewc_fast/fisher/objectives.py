@@ -552,7 +552,8 @@ def make_objective(kind: str, loss: Any, transform: Transform | None, draws: int
     if callable(loss):
         if kind not in ("empirical", "batch"):
             raise ValueError(
-                f"kind={kind!r} is unknown to a callable loss, which has given labels: use kind='empirical'"
+                f"kind={kind!r} is unknown to a callable loss(model, batch), which has given labels: use "
+                "kind='empirical', or a loss by name, such as loss='cross_entropy'"
             )
         if transform is not None:
             raise ValueError("logits_transform has no meaning for a callable loss, which sees the logits itself")

@@ -1,0 +1,172 @@
+"""What models do beside their modules' own parameters and tensors: closures, inner gradients, strings, threads."""
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ewc_fast import EWCLoss
+from ewc_fast.fisher import FisherEstimator, estimate_fisher
+from tests.fisher import brute_force
+from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
+
+CLASSES = 3
+
+
+def doubled(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.double() for name, t in fisher.items()}
+
+
+class Closure(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+        weight = self.last.weight
+        self.head = lambda h: F.linear(h, weight, self.last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("kind", ["exact", "batch"])
+def test_a_parameter_in_a_closure_is_refused(kind: str, size: int) -> None:
+    """Its Fisher would be zero; gradients are left as they were, the parameter's own among them."""
+    model, batch = Closure(), (torch.randn(size, 6), torch.randint(CLASSES, (size,)))
+    grads = {name: torch.randn_like(p) if name == "last.weight" else None for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.grad = grads[name]
+    values = {name: None if g is None else g.clone() for name, g in grads.items()}
+    with pytest.raises(ValueError, match=r"batch 0: last\.weight is used through a reference"):
+        estimate_fisher(model, [batch], kind=kind)
+    with pytest.raises(ValueError, match=r"last\.weight is used through a reference"):
+        EWCLoss(model).consolidate([batch], kind=kind)
+    for name, p in model.named_parameters():
+        assert p.grad is grads[name]
+        assert p.grad is None or torch.equal(p.grad, values[name])
+
+
+class Forces(nn.Module):
+    """The gradient of an energy, and a head on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            return self.head(torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap:UserWarning")
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_a_gradient_inside_the_model(kind: str) -> None:
+    model = Forces()
+    batches = [(torch.randn(n, 6), torch.randint(CLASSES, (n,))) for n in (7, 5, 6)]
+    assert_fisher(estimate_fisher(model, batches, kind=kind), brute_force.fisher(model, batches, kind))
+
+
+class Languages(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.en, self.de = nn.Linear(6, width), nn.Linear(width, CLASSES), nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor, language: list[str]) -> Tensor:
+        assert len(language) == len(x)
+        return torch.stack([getattr(self, of)(h) for of, h in zip(language, self.first(x).tanh(), strict=True)])
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap:UserWarning")
+@pytest.mark.parametrize(("size", "width"), [(9, 8), (32, 4000)])
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_a_string_for_each_sample(kind: str, size: int, width: int) -> None:
+    """As loaders' collators give them; also where a batch is divided."""
+    model, x = Languages(width), torch.randn(size, 6)
+    languages = ["en" if i % 3 else "de" for i in range(size)]
+    labels = torch.randint(CLASSES, (size,))
+    found = estimate_fisher(model, [{"x": x, "language": languages, "labels": labels}], kind=kind)
+    ones = [{"x": x[i : i + 1], "language": [languages[i]], "labels": labels[i : i + 1]} for i in range(size)]
+    assert_fisher(found, doubled(estimate_fisher(model, ones, kind=kind)))
+
+
+class Scaled(nn.Module):
+    """A tensor of all samples, and a parameter in an operation without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4096), nn.Linear(8, CLASSES)
+        self.weight = nn.Parameter(torch.randn(4096, 8) * 0.05)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.last((torch.einsum("bd,dk->bk", self.first(x).tanh(), self.weight) * scale).tanh())
+
+
+@pytest.mark.parametrize("size", [15, 16, 17])
+def test_a_tensor_as_long_as_a_part(size: int) -> None:
+    model, x, scale = Scaled(), torch.randn(size, 4), torch.arange(8.0) + 0.5
+    found = estimate_fisher(model, [{"x": x, "scale": scale}], kind="exact")
+    ones = [{"x": row[None], "scale": scale} for row in x]
+    assert_fisher(found, doubled(estimate_fisher(model, ones, kind="exact")))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.h, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 8)
+        for t in range(x.shape[1]):
+            h = (self.i(x[:, t]) + self.h(h)).tanh()
+        return self.last(h)
+
+
+def test_a_resumed_estimate_knows_what_is_used_often() -> None:
+    model, batches = Recurrent(), [torch.randn(5, 3, 6), torch.randn(6, 1, 6)]
+    whole, first, second = (FisherEstimator(model, "exact") for _ in range(3))
+    first.update(batches[0])
+    second.load_state_dict(first.state_dict())
+    second.update(batches[1])
+    for batch in batches:
+        whole.update(batch)
+    assert all(torch.equal(f, second.result()[name]) for name, f in whole.result().items())
+
+
+def test_under_another_default_device() -> None:
+    model, batch = nn.Linear(6, CLASSES), torch.randn(7, 6)
+    with torch.device("meta"):
+        found = estimate_fisher(model, [batch], kind="exact")
+    assert found.info.method == "hooks"
+    assert_fisher(found, brute_force.fisher(model, [batch], "exact"))
+
+
+def test_two_threads_on_one_model() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    batches = [torch.randn(7, 6) for _ in range(20)]
+    expected = estimate_fisher(model, batches, kind="exact")
+    before, fastpath = list(model.parameters()), torch.backends.mha.get_fastpath_enabled()
+    found: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(estimate_fisher(model, batches, kind="exact"))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.backends.mha.get_fastpath_enabled() == fastpath
+    assert len(found) == len(threads)
+    for fisher in found:
+        assert_fisher(fisher, doubled(expected))
+
+
+def test_a_lazy_layer_is_refused() -> None:
+    model = nn.Sequential(nn.LazyLinear(CLASSES))
+    with pytest.raises(ValueError, match=r"0\.(weight|bias) of a lazy layer has no shape yet: run the model"):
+        estimate_fisher(model, [torch.randn(2, 4)])
