@@ -241,11 +241,12 @@ class EWCLoss:
             anchor: The weights to return to, by name, if not the model's present ones; buffers are ignored as well, so
                 that ``model.state_dict()`` fits.
             **estimate: With ``loader``: ``kind``, ``loss``, ``num_samples``, ``progress``, ``generator`` and the other
-                arguments of :func:`ewc_fast.estimate_fisher`.
+                arguments of :func:`ewc_fast.estimate_fisher`, but ``params`` and ``out``.
 
         Raises:
-            ValueError: Both or neither of ``loader`` and ``fisher``, a missing or unknown name, a shape that does not
-                fit, a negative, NaN or infinite Fisher, a NaN or infinite anchor. The state is as it was then.
+            ValueError: Both or neither of ``loader`` and ``fisher``, ``params`` or ``out``, a missing or unknown name, a
+                shape that does not fit, a negative, NaN or infinite Fisher, a NaN or infinite anchor. The state is as
+                it was then.
         """
         if isinstance(loader, Mapping):
             raise TypeError("loader is a mapping; a Fisher diagonal goes in by name: consolidate(fisher=...)")
@@ -253,6 +254,11 @@ class EWCLoss:
             raise ValueError("consolidate takes either a loader or fisher=, one of the two")
         if fisher is not None and estimate:
             raise ValueError(f"{', '.join(estimate)}: only with a loader; a given Fisher is taken as it is")
+        for name in estimate.keys() & {"params", "out"}:
+            raise ValueError(
+                f"{name}: consolidate estimates for what EWCLoss(params=) protects, into its own state; for another choice "
+                f"call estimate_fisher({name}=...) and give what it returns as fisher="
+            )
         params, others, buffers = self._select()
         self._selected = params
         if not params:

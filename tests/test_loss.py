@@ -805,6 +805,8 @@ def test_bad_consolidates_leave_the_state_alone(backend: str) -> None:
         ({"fisher": good, "anchor": {n: f.double() * 1e300 + 1e299 for n, f in good.items()}}, "anchor of .* reaches"),
         ({}, "either a loader or fisher="),
         ({"loader": [], "fisher": good}, "either a loader or fisher="),
+        ({"loader": [], "params": ["0.weight"]}, r"params: .*call estimate_fisher\(params="),
+        ({"loader": [], "out": good}, r"out: .*call estimate_fisher\(out="),
     ):
         with pytest.raises(ValueError, match=message):
             ewc.consolidate(**arguments)
