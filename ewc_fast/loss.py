@@ -244,8 +244,8 @@ class EWCLoss:
                 arguments of :func:`ewc_fast.estimate_fisher`, but ``params`` and ``out``.
 
         Raises:
-            ValueError: Both or neither of ``loader`` and ``fisher``, ``params`` or ``out``, a missing or unknown name, a
-                shape that does not fit, a negative, NaN or infinite Fisher, a NaN or infinite anchor. The state is as
+            ValueError: Both or neither of ``loader`` and ``fisher``, ``params`` or ``out``, a missing or unknown name,
+                a shape that does not fit, a negative, NaN or infinite Fisher, a NaN or infinite anchor. The state is as
                 it was then.
         """
         if isinstance(loader, Mapping):
@@ -256,8 +256,8 @@ class EWCLoss:
             raise ValueError(f"{', '.join(estimate)}: only with a loader; a given Fisher is taken as it is")
         for name in estimate.keys() & {"params", "out"}:
             raise ValueError(
-                f"{name}: consolidate estimates for what EWCLoss(params=) protects, into its own state; for another choice "
-                f"call estimate_fisher({name}=...) and give what it returns as fisher="
+                f"{name}: consolidate estimates for what EWCLoss(params=) protects, into its own state; for another "
+                f"choice call estimate_fisher({name}=...) and give what it returns as fisher="
             )
         params, others, buffers = self._select()
         self._selected = params
