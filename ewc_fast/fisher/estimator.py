@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -382,10 +383,9 @@ class FisherEstimator:
     def _say_why_uncovered(self) -> None:
         if self._why_uncovered is not None and not self._said_why_uncovered:
             self._said_why_uncovered = True
-            warnings.warn(
+            _warn(
                 f"{type(self._model).__name__} cannot run on a few samples of a batch ({self._why_uncovered}), which "
-                "would tell where they lie; the per-sample gradients are taken without layers' rules, which is slower",
-                stacklevel=5,
+                "would tell where they lie; the per-sample gradients are taken without layers' rules, which is slower"
             )
 
     def _capture(self, leaves: dict[str, Tensor], size: int, *, once: bool, looking: bool) -> Capture:
@@ -514,10 +514,9 @@ class FisherEstimator:
             except NotVectorised as error:
                 self._vectorised = False
                 reason = str(error.__cause__).strip().split("\n")[0]
-                warnings.warn(
+                _warn(
                     f"{type(self._model).__name__} cannot run under torch.vmap ({reason}); the per-sample gradients of "
-                    f"{len(weights)} of its parameters are taken in a loop over samples, which is slower",
-                    stacklevel=2,
+                    f"{len(weights)} of its parameters are taken in a loop over samples, which is slower"
                 )
             else:
                 self._methods.add("vmap")
@@ -640,6 +639,14 @@ class FisherEstimator:
         self._output_bytes = int(state.get("output_bytes", 0))
         self._reentrant = bool(state.get("reentrant", False))
         self._native.clear()
+
+
+def _warn(message: str) -> None:
+    """At the line of whoever called this package, at whatever depth."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == __package__.partition(".")[0]:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def _with_graph(p: Tensor) -> Tensor:

@@ -170,3 +170,17 @@ def test_a_lazy_layer_is_refused() -> None:
     model = nn.Sequential(nn.LazyLinear(CLASSES))
     with pytest.raises(ValueError, match=r"0\.(weight|bias) of a lazy layer has no shape yet: run the model"):
         estimate_fisher(model, [torch.randn(2, 4)])
+
+
+@pytest.mark.parametrize("call", ["estimate_fisher", "update", "consolidate"])
+def test_a_warning_is_about_the_callers_line(call: str) -> None:
+    model, x = Languages(8), torch.randn(6, 6)
+    batch = {"x": x, "language": ["en"] * 6, "labels": torch.zeros(6, dtype=torch.long)}
+    with pytest.warns(UserWarning, match="cannot run under torch.vmap") as caught:
+        if call == "estimate_fisher":
+            estimate_fisher(model, [batch], kind="exact")
+        elif call == "update":
+            FisherEstimator(model, "exact").update(batch)
+        else:
+            EWCLoss(model).consolidate([batch], kind="exact")
+    assert [w.filename for w in caught] == [__file__]
