@@ -506,7 +506,7 @@ def row_cases(t: int) -> dict[str, Case]:
         "siamese_3d": case(siamese, normal(t, 5), layer=lambda: nn.Linear(5, 6)),
         "repeated": case(repeated, normal(5), layer=lambda: nn.Linear(5, 6)),
         "some_samples": case(
-            lambda m, x: x.index_add(0, rows := (x[:, 0] > 0).nonzero()[:, 0], m.layer(x[rows])),
+            lambda m, x: x.index_add(0, rows := (x[:, 0] > -1).nonzero()[:, 0], m.layer(x[rows])),
             normal(5),
             layer=lambda: nn.Linear(5, 5),
         ),
