@@ -76,21 +76,27 @@ def batch_size(batch: Any) -> int:
     return tensors[0].shape[0]
 
 
-def is_strings(part: Any, size: int) -> bool:
-    """Whether it is a list of strings, one for each sample, as loaders' collators make of strings."""
-    return isinstance(part, (list, tuple)) and len(part) == size and all(isinstance(s, str) for s in part)
+def by_sample(batch: Any, size: int) -> tuple[list[Any], Any, list[int]]:
+    """A batch's leaves, the tree that they make, and which leaves have something for each of ``size`` samples.
+
+    These are tensors with so many rows and lists of so many strings, as loaders' collators make them; what else there
+    is belongs to all samples.
+    """
+
+    def is_strings(part: Any) -> bool:
+        return isinstance(part, (list, tuple)) and len(part) == size and all(isinstance(s, str) for s in part)
+
+    leaves, tree = tree_flatten(batch, is_leaf=is_strings)
+    rows = [i for i, t in enumerate(leaves) if is_strings(t) or (isinstance(t, Tensor) and t.dim() and len(t) == size)]
+    return leaves, tree, rows
 
 
 def take(batch: Any, samples: slice, size: int) -> Any:
-    """Some samples of a batch: what is neither a tensor with ``size`` rows nor so many strings belongs to all."""
-    leaves, tree = tree_flatten(batch, is_leaf=lambda part: is_strings(part, size))
-    rows = [isinstance(t, Tensor) and t.dim() and len(t) == size or is_strings(t, size) for t in leaves]
-    return tree_unflatten([t[samples] if cut else t for t, cut in zip(leaves, rows, strict=True)], tree)
-
-
-def lengths(batch: Any) -> set[int]:
-    """Of all its tensors."""
-    return {len(t) for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.dim()}
+    """Some samples of a batch of ``size``; see :func:`by_sample`."""
+    leaves, tree, rows = by_sample(batch, size)
+    for i in rows:
+        leaves[i] = leaves[i][samples]
+    return tree_unflatten(leaves, tree)
 
 
 def take_apart(batch: Any) -> Call:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ewc_fast.fisher.batches import batch_size, lengths, take, to_device
+from ewc_fast.fisher.batches import batch_size, by_sample, take, to_device
 from ewc_fast.fisher.capture import SILENT, UNCOVERED, Capture, StatusChanged, Uses
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.fisher.fallback import NotVectorised, add_in_loop, add_vectorised
@@ -95,6 +95,7 @@ class FisherEstimator:
         ]
         with torch.inference_mode(False):  # or what is made here could not be changed outside of it
             self._sums = self._allocate(out)
+        self._largest_bytes = max(total.numel() * total.element_size() for total in self._sums.values())
         self._status: dict[str, str] = {}
         self._looks: dict[str, int] = {}
         self._embedded: dict[str, str] = {}
@@ -215,8 +216,8 @@ class FisherEstimator:
     @contextmanager
     def _no_gradient_passes_by(self) -> Iterator[None]:
         """Puts the parameters' own gradients aside; raises where one comes to them instead of to what replaces them."""
-        own = {inner: held[attribute] for held, attribute, inner in self._places}
-        own = {inner: t for inner, t in own.items() if t.requires_grad and t.is_leaf}
+        held = {inner: held[attribute] for held, attribute, inner in self._places}
+        own = {inner: t for inner, t in held.items() if t.requires_grad and t.is_leaf}
         before = {inner: p.grad for inner, p in own.items() if p.grad is not None}
         try:
             for inner in before:
@@ -354,19 +355,17 @@ class FisherEstimator:
 
     def _parts(self, batch: Any, size: int) -> Iterator[tuple[Any, int]]:
         """What to take at a time of a batch of so many samples, and how many these are."""
-        count, output_bytes = 1, self._output_bytes
-        largest = max(total.numel() * total.element_size() for total in self._sums.values())
-        if output_bytes and self._why_uncovered is None:
-            count = size // samples_at_once(size, output_bytes, largest, self.device)
-            if {-(-size // count), size // count} & lengths(batch):  # of all samples, and would pass for a part's rows
-                count = 1
-        self._hold = held_bytes(-(-size // count) * output_bytes, largest, self.device)
-        if count == 1:
-            yield batch, size
-            return
-        for i in range(count):
-            part = slice(size * i // count, size * (i + 1) // count)
-            yield take(batch, part, size), part.stop - part.start
+        count = 1
+        if self._output_bytes and self._why_uncovered is None:
+            count = size // samples_at_once(size, self._output_bytes, self._largest_bytes, self.device)
+        parts = [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
+        # What belongs to all samples must not pass for a part's own.
+        if count > 1 and any(by_sample(batch, part.stop - part.start)[2] for part in parts):
+            parts = [slice(0, size)]
+        most = max(part.stop - part.start for part in parts)
+        self._hold = held_bytes(most * self._output_bytes, self._largest_bytes, self.device)
+        for part in parts:
+            yield batch if len(parts) == 1 else take(batch, part, size), part.stop - part.start
 
     def _add_per_sample(self, batch: Any, size: int) -> int:
         for _ in range(_MAX_LOOKS + len(self._params)):

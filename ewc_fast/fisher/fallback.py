@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
-from ewc_fast.fisher.batches import is_strings, take
+from ewc_fast.fisher.batches import by_sample, take
 from ewc_fast.fisher.rules import add_squares_
 
 # Per-sample gradients held at once. On the CPU they should stay in the cache between being written and being squared.
@@ -35,10 +35,9 @@ def add_vectorised(
     Raises:
         NotVectorised: The first chunk failed.
     """
-    leaves, tree = tree_flatten(batch, is_leaf=lambda part: is_strings(part, size))
-    if any(is_strings(t, size) for t in leaves):
+    leaves, tree, mapped = by_sample(batch, size)
+    if not all(isinstance(leaves[i], Tensor) for i in mapped):
         raise NotVectorised from TypeError("its batch has a string for each sample")
-    mapped = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.dim() and len(t) == size]
 
     def gradients(sample: list[Tensor], row: Tensor) -> dict[str, Tensor]:
         filled = list(leaves)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ewc_fast.fisher import FisherEstimator, estimate_fisher
 from ewc_fast.fisher import estimator as estimator_module
+from tests.fisher.resuming import assert_resumes
 
 transformers = pytest.importorskip("transformers")
 
@@ -675,16 +676,7 @@ def test_a_resumed_estimate_takes_the_same_ways() -> None:
 
     batches = [(torch.randn(8, 5) + shift, torch.randint(NUM_CLASSES, (8,))) for shift in (0, 0, 0, 0, 9, 9)]
     model = Gated()
-    whole, first = FisherEstimator(model, "empirical"), FisherEstimator(model, "empirical")
-    for batch in batches:
-        whole.update(batch)
-    for batch in batches[:4]:
-        first.update(batch)
-    second = FisherEstimator(model, "empirical")
-    second.load_state_dict(first.state_dict())
-    for batch in batches[4:]:
-        second.update(batch)
-    assert all(torch.equal(f, second.result()[name]) for name, f in whole.result().items())
+    assert_resumes(lambda: FisherEstimator(model, "empirical"), batches, cut=4)
 
 
 def test_inputs_changed_in_place_are_copies() -> None:

@@ -13,6 +13,7 @@ from ewc_fast.fisher import FisherEstimator, FisherInfo, estimate_fisher, estima
 from ewc_fast.fisher.capture import Capture
 from tests.fisher import brute_force, models
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
+from tests.fisher.resuming import assert_resumes
 
 KINDS = ["exact", "sampled", "empirical", "predicted", "reversed", "batch"]
 DTYPES = [torch.float32, torch.float64]
@@ -522,13 +523,7 @@ def test_exact_in_parts(net: str, loss: str, parts: list[int]) -> None:
 def test_exact_in_parts_goes_on_from_a_state(parts: list[int]) -> None:
     """As without an interruption, bit for bit: in the same parts."""
     model, batches = GroupedConvolutions(), [torch.randn(n, 4, 6, 6) for n in (5, 7)]
-    whole, first, second = (FisherEstimator(model, "exact") for _ in range(3))
-    first.update(batches[0])
-    second.load_state_dict(first.state_dict())
-    second.update(batches[1])
-    for batch in batches:
-        whole.update(batch)
-    assert all(torch.equal(f, second.result()[name]) for name, f in whole.result().items())
+    assert_resumes(lambda: FisherEstimator(model, "exact"), batches)
     assert parts == [2, 3, 3, 4, 2, 3, 3, 4]
 
 
@@ -546,14 +541,8 @@ def test_which_batches_are_divided(
     seen = taken(monkeypatch)
     layers = [nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 10)]
     model, batches = nn.Sequential(*layers), [torch.randn(128, inputs) for _ in range(2)]
-    whole, first, second = (FisherEstimator(model, "exact") for _ in range(3))
-    first.update(batches[0])
-    second.load_state_dict(first.state_dict())
-    second.update(batches[1])
-    for batch in batches:
-        whole.update(batch)
+    assert_resumes(lambda: FisherEstimator(model, "exact"), batches)
     assert seen == 4 * expected
-    assert all(torch.equal(f, second.result()[name]) for name, f in whole.result().items())
 
 
 @pytest.mark.parametrize(("size", "wide"), [(64, False), (64, True), (12, False)])

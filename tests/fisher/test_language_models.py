@@ -1,6 +1,5 @@
 """Language models of the transformers library, padded in every way, against the brute force; the token as the unit."""
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from ewc_fast import EWCLoss, ForgettingProbe
 from ewc_fast.fisher import FisherEstimator, estimate_fisher
 from tests.fisher import brute_force
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
+from tests.fisher.resuming import assert_resumes
 
 transformers = pytest.importorskip("transformers")
 
@@ -320,16 +320,7 @@ def test_resumed_estimate_is_the_same_bit_for_bit() -> None:
     def estimator() -> FisherEstimator:
         return FisherEstimator(model, "sampled", "causal_lm", torch.Generator().manual_seed(3), num_label_samples=2)
 
-    whole, first, second = estimator(), estimator(), estimator()
-    for batch in batches:
-        whole.update(batch)
-    for batch in batches[:2]:
-        first.update(batch)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for batch in batches[2:]:
-        second.update(batch)
-    assert all(torch.equal(second.result()[name], f) for name, f in whole.result().items())
-    assert second.result().info == whole.result().info
+    assert_resumes(estimator, batches, cut=2)
 
 
 # ---- encoders and decoders ----

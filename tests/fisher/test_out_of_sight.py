@@ -13,6 +13,7 @@ from ewc_fast import EWCLoss
 from ewc_fast.fisher import FisherEstimator, estimate_fisher
 from tests.fisher import brute_force
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
+from tests.fisher.resuming import assert_resumes
 
 CLASSES = 3
 
@@ -128,14 +129,8 @@ class Recurrent(nn.Module):
 
 
 def test_a_resumed_estimate_knows_what_is_used_often() -> None:
-    model, batches = Recurrent(), [torch.randn(5, 3, 6), torch.randn(6, 1, 6)]
-    whole, first, second = (FisherEstimator(model, "exact") for _ in range(3))
-    first.update(batches[0])
-    second.load_state_dict(first.state_dict())
-    second.update(batches[1])
-    for batch in batches:
-        whole.update(batch)
-    assert all(torch.equal(f, second.result()[name]) for name, f in whole.result().items())
+    model = Recurrent()
+    assert_resumes(lambda: FisherEstimator(model, "exact"), [torch.randn(5, 3, 6), torch.randn(6, 1, 6)])
 
 
 def test_under_another_default_device() -> None:

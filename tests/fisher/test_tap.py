@@ -375,7 +375,7 @@ def test_rows_moved_in_a_later_batch(calls: list[bool]) -> None:
 
 
 def test_goes_on_from_a_saved_state(calls: list[bool]) -> None:
-    """The state does not say which parameters are used twice: it is found out again."""
+    """Which parameters are used twice is in the state; how they are tapped is found out again."""
     model, batches = UsedTwice(), make_batches()
     before = FisherEstimator(model, "empirical")
     before.update(batches[0])
