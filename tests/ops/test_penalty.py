@@ -291,7 +291,6 @@ def test_nothing_beside_the_gradients_is_written(backend: str, dtype: torch.dtyp
     inputs = make_inputs(params)
     with canaries(whole, *grads):
         ex.check_accumulate(inputs, grads, backend)
-    assert not torch.equal(grads[4], torch.randn(()).to(dtype))
 
 
 @dtypes

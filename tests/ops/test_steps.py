@@ -65,6 +65,9 @@ class Problem:
         self.fishers = [(torch.rand(p.shape) * (torch.rand(p.shape) < 0.75)).to(fisher) for p in self.params]
         strides = [ex.strides_of(p) for p in self.params]
         self.scales = [random.choice((0.0, 0.5, 1.0)) for _ in sizes] if constants else [1.0] * len(sizes)
+        pulled = next((i for i in filled if self.protected[i]), None)
+        if constants and pulled is not None:  # one is always pulled
+            self.scales[pulled] = random.choice((0.5, 1.0))
         self.constants = [random.random() if constants and on else 0.0 for on in self.protected]
         if anchored:
             state = random.getstate()
