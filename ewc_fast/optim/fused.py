@@ -130,6 +130,9 @@ class FusedStep:
         """Raises for what no group's step can serve, before any of them is stepped."""
         for group in optimizer.param_groups:
             lambda_scale(group)
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.numel() != 1:
+                raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
             for p in group["params"]:
                 if p.grad is not None and p.grad.is_sparse:
                     raise RuntimeError(

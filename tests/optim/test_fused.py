@@ -537,7 +537,7 @@ def test_a_penalty_that_acts_twice_is_reported() -> None:
 
 
 @pytest.mark.parametrize("coupling", ["coupled", "proximal"])
-@pytest.mark.parametrize("wrong", ["sparse", "scale"])
+@pytest.mark.parametrize("wrong", ["sparse", "scale", "lr"])
 def test_what_a_later_group_is_refused_for_changes_nothing(wrong: str, coupling: str) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Embedding(5, 3, sparse=wrong == "sparse"))
     ewc = EWCLoss(model)
@@ -546,10 +546,13 @@ def test_what_a_later_group_is_refused_for_changes_nothing(wrong: str, coupling:
     optimizer = EWCAdamW(groups, lr=0.1, ewc=ewc, coupling=coupling)
     if wrong == "scale":
         optimizer.param_groups[1]["ewc_lambda_scale"] = -1.0
+    elif wrong == "lr":
+        optimizer.param_groups[1]["lr"] = torch.tensor([0.1, 0.2])
+    message = {"sparse": "sparse gradients", "scale": "ewc_lambda_scale of a parameter", "lr": "lr must be a number"}
     model[0].weight.grad = torch.ones(2, 3)
     model[1](torch.tensor([1, 2])).sum().backward()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises((ValueError, RuntimeError), match="sparse gradients|ewc_lambda_scale of a parameter group"):
+    with pytest.raises((ValueError, RuntimeError), match=message[wrong]):
         optimizer.step()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert not optimizer.state and model[0].bias.grad is None
