@@ -55,6 +55,7 @@ def gpt2() -> nn.Module:
 
 
 def t5(**options: Any) -> nn.Module:
+    """In fp64: in fp32 a plain loop, too, is off by more than 2e-4 with one seed in some hundreds."""
     shape = {"d_model": WIDTH, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2}
     config = transformers.T5Config(
         vocab_size=VOCABULARY,
@@ -63,7 +64,7 @@ def t5(**options: Any) -> nn.Module:
         feed_forward_proj="gated-gelu",
         **{**shape, **options},
     )
-    return shaken(transformers.T5ForConditionalGeneration(config))
+    return shaken(transformers.T5ForConditionalGeneration(config)).double()
 
 
 def bart() -> nn.Module:
@@ -339,10 +340,10 @@ def sequence_pair(size: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", [t5, bart])
-def test_sequence_to_sequence(make: Callable[[], nn.Module], kind: str) -> None:
+@pytest.mark.parametrize(("make", "tolerance"), [(t5, MIXED), (bart, None)], ids=["t5", "bart"])
+def test_sequence_to_sequence(make: Callable[[], nn.Module], tolerance: float | None, kind: str) -> None:
     batches = [sequence_pair(size) for size in (4, 3, 1)]
-    info = compare(make(), batches, kind, "cross_entropy").info
+    info = compare(make(), batches, kind, "cross_entropy", tolerance=tolerance).info
     assert (info.unit, info.num_terms) == ("label", sum(int((b["labels"] != -100).sum()) for b in batches))
 
 
@@ -366,7 +367,7 @@ def relative_batch(size: int, masked: bool = True, length: int = 4) -> dict[str,
 def test_relative_positions(kind: str, attention: str, masked: bool) -> None:
     """Tables that samples and layers share; as many samples as the encoder has positions, the decoder, and others."""
     batches = [relative_batch(size, masked) for size in (4, LENGTH, 7, 2, 1)]
-    model = t5(num_layers=2, attn_implementation=attention).double()
+    model = t5(num_layers=2, attn_implementation=attention)
     fisher = compare(model, batches, kind, "cross_entropy", tolerance=MIXED)
     assert fisher.info.method == ("batch" if kind == "batch" else "hooks")
 
@@ -376,7 +377,7 @@ def test_relative_positions(kind: str, attention: str, masked: bool) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_relative_positions_of_other_shapes(attention: str, shape: dict[str, int]) -> None:
     """As many heads as samples, one head, several positions in a bucket; a decoder of one to two tokens."""
-    model = t5(num_layers=3, num_decoder_layers=1, attn_implementation=attention, **shape).double()
+    model = t5(num_layers=3, num_decoder_layers=1, attn_implementation=attention, **shape)
     batches = [
         relative_batch(size, masked, length) for size, masked, length in ((4, True, 4), (4, False, 2), (2, True, 2))
     ]
@@ -405,12 +406,12 @@ def test_an_encoder_decoder_may_be_a_classifier() -> None:
     assert ForgettingProbe(model, {"input_ids": tokens})() == 0
 
 
-@pytest.mark.parametrize("make", [t5, bart])
-def test_decoder_inputs_from_labels(make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(("make", "tolerance"), [(t5, MIXED), (bart, None)], ids=["t5", "bart"])
+def test_decoder_inputs_from_labels(make: Callable[[], nn.Module], tolerance: float | None) -> None:
     """As a data collator gives them: the model makes its decoder's inputs from the labels."""
     batches = [sequence_pair(size) for size in (3, 1)]
     given = [{k: v for k, v in b.items() if k != "decoder_input_ids"} for b in batches]
-    compare(make(), batches, "empirical", "cross_entropy", given=given)
+    compare(make(), batches, "empirical", "cross_entropy", given=given, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("kind", ["exact", "sampled", "empirical", "batch"])
