@@ -19,5 +19,6 @@ def assert_resumes(make: Callable[[], FisherEstimator], batches: list[Any], cut:
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for batch in batches[cut:]:
         second.update(batch)
-    assert all(torch.equal(f, second.result()[name]) for name, f in whole.result().items())
-    assert second.info == whole.info
+    expected, found = whole.result(), second.result()
+    assert all(torch.equal(f, found[name]) for name, f in expected.items())
+    assert found.info == expected.info

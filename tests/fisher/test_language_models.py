@@ -326,6 +326,10 @@ def test_resumed_estimate_is_the_same_bit_for_bit() -> None:
 
 # ---- encoders and decoders ----
 
+sequence_to_sequence = pytest.mark.parametrize(
+    ("make", "tolerance"), [(t5, MIXED), (bart, None)], ids=["t5", "bart"]
+)
+
 
 def shifted(labels: Tensor) -> Tensor:
     """What a decoder is given: a start token, and the labels one step later."""
@@ -340,7 +344,7 @@ def sequence_pair(size: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("make", "tolerance"), [(t5, MIXED), (bart, None)], ids=["t5", "bart"])
+@sequence_to_sequence
 def test_sequence_to_sequence(make: Callable[[], nn.Module], tolerance: float | None, kind: str) -> None:
     batches = [sequence_pair(size) for size in (4, 3, 1)]
     info = compare(make(), batches, kind, "cross_entropy", tolerance=tolerance).info
@@ -406,7 +410,7 @@ def test_an_encoder_decoder_may_be_a_classifier() -> None:
     assert ForgettingProbe(model, {"input_ids": tokens})() == 0
 
 
-@pytest.mark.parametrize(("make", "tolerance"), [(t5, MIXED), (bart, None)], ids=["t5", "bart"])
+@sequence_to_sequence
 def test_decoder_inputs_from_labels(make: Callable[[], nn.Module], tolerance: float | None) -> None:
     """As a data collator gives them: the model makes its decoder's inputs from the labels."""
     batches = [sequence_pair(size) for size in (3, 1)]

@@ -548,11 +548,15 @@ def test_what_a_later_group_is_refused_for_changes_nothing(wrong: str, coupling:
         optimizer.param_groups[1]["ewc_lambda_scale"] = -1.0
     elif wrong == "lr":
         optimizer.param_groups[1]["lr"] = torch.tensor([0.1, 0.2])
-    message = {"sparse": "sparse gradients", "scale": "ewc_lambda_scale of a parameter", "lr": "lr must be a number"}
+    messages = {
+        "sparse": "sparse gradients",
+        "scale": "ewc_lambda_scale of a parameter group",
+        "lr": "lr must be a number or a tensor of one element",
+    }
     model[0].weight.grad = torch.ones(2, 3)
     model[1](torch.tensor([1, 2])).sum().backward()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises((ValueError, RuntimeError), match=message[wrong]):
+    with pytest.raises((ValueError, RuntimeError), match=messages[wrong]):
         optimizer.step()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert not optimizer.state and model[0].bias.grad is None
