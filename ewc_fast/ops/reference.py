@@ -229,7 +229,7 @@ def scale_(buffer: Tensor, factor: Tensor) -> None:
     buffer.mul_(factor.reshape(()))
 
 
-def _may_overlap(t: Tensor) -> bool:
+def may_overlap(t: Tensor) -> bool:
     """Whether elements may lie in one place: exact for all views that slicing, permuting and expanding make."""
     last = 0  # the furthest element of the dimensions so far
     for stride, n in sorted((s, n) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1):
@@ -239,13 +239,26 @@ def _may_overlap(t: Tensor) -> bool:
     return False
 
 
+def sharing(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Two that begin in one place, or dense ones that reach into each other. Others may be columns of a matrix."""
+    places = sorted((t.data_ptr(), i) for i, t in enumerate(tensors) if t.numel() > 0)
+    last, furthest = (-1, -1), (-1, -1)  # where the one before begins; where a dense one ends
+    for place, i in places:
+        dense = is_dense(tensors[i])
+        if place == last[0] or (dense and place < furthest[0]):
+            return (last if place == last[0] else furthest)[1], i
+        last = place, i
+        if dense:
+            furthest = max(furthest, (place + tensors[i].numel() * tensors[i].element_size(), i))
+    return None
+
+
 def _check_fisher(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: float) -> None:
     """Raises what the native op raises, before anything is written."""
     if not math.isfinite(weight):
         raise ValueError(f"weight must be finite, got {weight}")
     if len(grads) != len(fisher):
         raise ValueError(f"grads has {len(grads)} tensors for {len(fisher)} of fisher")
-    places: dict[int, int] = {}
     for i, (f, g) in enumerate(zip(fisher, grads, strict=True)):
         if f.dtype in (torch.bfloat16, torch.float16):
             name = str(f.dtype).removeprefix("torch.")
@@ -266,13 +279,13 @@ def _check_fisher(fisher: Sequence[Tensor], grads: Sequence[Tensor], weight: flo
                 f"grads[{i}] has shape {list(g.shape)}, fisher[{i}] {list(f.shape)}: expected that, or one leading "
                 "dimension more for samples"
             )
-        if _may_overlap(f):
+        if may_overlap(f):
             raise ValueError(f"fisher[{i}] has strides {list(f.stride())}: elements share memory; clone() it first")
-    for i, f in enumerate(fisher):
-        if f.numel() > 0 and places.setdefault(f.data_ptr(), i) != i:
-            raise ValueError(
-                f"fisher[{places[f.data_ptr()]}] and fisher[{i}] share their memory: accumulate into each once per call"
-            )
+    shared = sharing(fisher)
+    if shared is not None:
+        raise ValueError(
+            f"fisher[{shared[0]}] and fisher[{shared[1]}] share their memory: accumulate into each once per call"
+        )
 
 
 @torch.no_grad()

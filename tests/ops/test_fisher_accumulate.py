@@ -275,6 +275,12 @@ def spoil(which: str, change: Callable[[Tensor], Tensor], i: int = 1) -> Callabl
     return apply
 
 
+def add_parts(fisher: list[Tensor], grads: list[Tensor], *parts: slice) -> None:
+    whole = torch.rand(9)
+    fisher += [whole[part] for part in parts]
+    grads += [torch.randn(9)[part] for part in parts]
+
+
 BAD: dict[str, tuple[Callable[[list[Tensor], list[Tensor]], Any], type[Exception], str]] = {
     "bf16 Fisher": (spoil("fisher", Tensor.bfloat16), ValueError, r"fisher\[1\] is bfloat16.*stop growing.*float32"),
     "fp16 Fisher": (spoil("fisher", Tensor.half, 0), ValueError, r"fisher\[0\] is float16.*stop growing.*float32"),
@@ -313,6 +319,16 @@ BAD: dict[str, tuple[Callable[[list[Tensor], list[Tensor]], Any], type[Exception
         lambda f, g: (f.append(f[1]), g.append(g[1])),
         ValueError,
         r"fisher\[1\] and fisher\[2\] share their memory.*once",
+    ),
+    "two that reach into each other": (
+        lambda f, g: add_parts(f, g, slice(0, 6), slice(3, 9)),
+        ValueError,
+        r"fisher\[2\] and fisher\[3\] share their memory.*once",
+    ),
+    "one in another": (
+        lambda f, g: add_parts(f, g, slice(0, 9), slice(2, 4)),
+        ValueError,
+        r"fisher\[2\] and fisher\[3\] share their memory.*once",
     ),
     "gradients elsewhere": (spoil("grads", lambda g: g.to("meta")), (ValueError, RuntimeError), "meta"),
     "a Fisher elsewhere": (spoil("fisher", lambda f: f.to("meta")), (ValueError, RuntimeError), "meta"),
