@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from ewc_fast.checks import check_count
 from ewc_fast.fisher.batches import Call, check_no_row, take, take_apart
 from ewc_fast.fisher.batches import batch_size as rows_of
-from ewc_fast.fisher.objectives import logits_of
+from ewc_fast.fisher.objectives import check_causal, logits_of
 from ewc_fast.layout import unwrapped
 from ewc_fast.sequences import device_of, undisturbed
 
@@ -64,7 +64,8 @@ class ForgettingProbe:
 
     Raises:
         TypeError: Samples, a batch or a model's output of a type that is not supported.
-        ValueError: No samples, no token that counts, logits of neither shape above, tokens out of the model's
+        ValueError: An encoder-decoder, or a model that gives each token a label of its own (but for classifiers of
+            sequences); no samples, no token that counts, logits of neither shape above, tokens out of the model's
             vocabulary, log-probabilities that are not finite, ``batch_size`` or ``num_prompt_tokens`` below 1,
             ``num_prompt_tokens`` above 1 for a classifier.
     """
@@ -79,6 +80,7 @@ class ForgettingProbe:
     ) -> None:
         for name, value in (("batch_size", batch_size), ("num_prompt_tokens", num_prompt_tokens)):
             check_count(value, name)
+        check_causal(unwrapped(model), "a probe takes a causal language model or a classifier")
         self.model = model
         self._num_prompt_tokens = num_prompt_tokens
         self._calls = [_copied(call, torch.device("cpu")) for call in _calls(samples, batch_size)]
@@ -159,8 +161,6 @@ class ForgettingProbe:
         ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
         if logits.dim() == 2 and logits.shape[0] == size and logits.shape[1] > 1:
             return None
-        if getattr(getattr(unwrapped(self.model), "config", None), "is_encoder_decoder", False) is True:
-            raise ValueError("a probe takes a causal language model or a classifier, the model is an encoder-decoder")
         if (
             not isinstance(ids, Tensor)
             or ids.is_floating_point()

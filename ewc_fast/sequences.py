@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc_fast.fisher.modes import module_mode
-from ewc_fast.fisher.objectives import logits_of
+from ewc_fast.fisher.objectives import check_causal, logits_of
 from ewc_fast.layout import check_materialised, own_name, unwrapped
 
 _CACHES = ("cache", "past_key_values")  # transformers renamed the argument
@@ -67,12 +67,14 @@ def sample_sequences(
 
     Raises:
         TypeError: A model that returns no logits, prompts that are no tensor, a generator that is none.
-        ValueError: ``num_sequences`` or ``batch_size`` below 1, a ``length`` below 2 or beyond the model's positions, a
-            temperature that is not positive and finite, a model on the meta device, prompts of the wrong shape or dtype
-            or out of the vocabulary, logits that are not (B, T, V) or not finite.
+        ValueError: A model of transformers that is no causal one, ``num_sequences`` or ``batch_size`` below 1, a
+            ``length`` below 2 or beyond the model's positions, a temperature that is not positive and finite, a model
+            on the meta device, prompts of the wrong shape or dtype or out of the vocabulary, logits that are not (B, T,
+            V) or not finite.
     """
     _check_arguments(num_sequences, length, generator, temperature, batch_size)
     model = unwrapped(model)
+    check_causal(model, "sample_sequences takes a causal language model")
     device = device_of(model)
     max_positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if isinstance(max_positions, int) and 0 < max_positions < length:

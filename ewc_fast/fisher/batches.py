@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ def batch_size(batch: Any) -> int:
     if not tensors:
         raise TypeError(
             "a batch must be an inputs tensor, a pair (inputs, labels) or a dict with tensors in it, got "
-            f"{type(batch).__name__} without any"
+            f"{type(batch).__name__} without any; a tokenizer makes them with return_tensors='pt'"
         )
     if tensors[0].dim() == 0:
         raise ValueError("inputs must have a batch dimension, got a 0-dim tensor")
@@ -129,6 +130,28 @@ def take_apart(batch: Any) -> Call:
     raise TypeError(f"a batch must be a pair of tensors (inputs, labels), got {type(inputs).__name__} as inputs")
 
 
+def is_packed(inputs: Mapping[str, Any], counted: Tensor | None = None) -> bool:
+    """Whether a language model's inputs say that a row has several documents, as packing collators make them.
+
+    Args:
+        inputs: The model's keyword arguments.
+        counted: (B, T) bool, the tokens whose labels count; positions that begin anew after the last are padding.
+    """
+    positions, mask, of, ends = (inputs.get(k) for k in ("position_ids", "attention_mask", "seq_idx", "cu_seq_lens_q"))
+    if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1:
+        anew = positions.diff(dim=1) < 0
+        if isinstance(mask, Tensor) and mask.shape == positions.shape:
+            anew = anew & (mask[:, :-1] != 0) & (mask[:, 1:] != 0)
+        if counted is not None and counted.shape == positions.shape:
+            anew = anew & counted.flip(1).cumsum(1).flip(1).to(anew.device)[:, 1:].bool()
+        if anew.any():
+            return True
+    if isinstance(of, Tensor) and of.dim() == 2 and bool((of != of[:, :1]).any()):
+        return True
+    rows = next((len(t) for t in inputs.values() if isinstance(t, Tensor) and t.dim() == 2), 1)
+    return isinstance(ends, Tensor) and ends.numel() > rows + 1
+
+
 # ---- so many samples of a loader ----
 
 
@@ -169,9 +192,12 @@ def expected_samples(loader: Iterable[Any], num_samples: int | None) -> int | No
     return min((size for size in (num_samples, found) if size is not None), default=None)
 
 
-def warn_of_few(num_samples: int | None, found: int) -> None:
-    """Says, to the caller's caller, that a loader had fewer samples than were asked for."""
-    if num_samples is not None and found < num_samples:
-        warnings.warn(
-            f"num_samples is {num_samples}, but the loader has only {found} samples: they were all used", stacklevel=3
-        )
+def warn(message: str) -> None:
+    """At the line of whoever called this package, at whatever depth."""
+    level, frame = 1, sys._getframe()
+    while (
+        frame.f_back is not None
+        and frame.f_globals.get("__name__", "").partition(".")[0] == __package__.partition(".")[0]
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

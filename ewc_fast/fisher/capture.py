@@ -235,12 +235,13 @@ for _name in ("add", "sub", "mul"):
 
 @dataclass
 class _Shared:
-    """What an embedding gives to all samples, or what is made of that alone."""
+    """What an embedding gives to all samples, or what is made of that or of another parameter alone."""
 
     tensor: Tensor  # kept: another one might get its id
-    table: Tensor  # the embedding's weight, with a graph from here to the tensor
+    table: Tensor  # the parameter, with a graph from here to the tensor
     rows: Rows | None = None  # of the embedding itself
     ids: Tensor | None = None
+    alone: bool = False  # not of an embedding
 
     def __post_init__(self) -> None:
         self.version = self.tensor._version
@@ -293,6 +294,7 @@ _ALONG |= {getattr(Tensor, name) for name in ("index_add_", "index_copy_", "scat
 _INDEXED = frozenset(
     {Tensor.__getitem__, Tensor.__setitem__, torch.index_put, Tensor.index_put, Tensor.index_put_, torch.index_put_}
 )
+_INNER = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
 _SELECTS = _MASKED | _ALONG | _INDEXED
 _JOINS = frozenset({torch.cat, torch.concat, torch.concatenate, torch.vstack, torch.row_stack, torch.hstack})
 
@@ -371,6 +373,7 @@ class Capture(TorchFunctionMode):
         self._count: dict[str, int] = {}
         self._waiting: dict[str, list[tuple[Rule, Tensor, Tensor]]] = {}
         self._shared: dict[int, _Shared] = {}
+        self._tables: dict[str, Tensor] = {}  # parameters of which something is made alone
         self._squares: dict[tuple[str | None, ...], Tensor] = {}
         # _again, where native taps read it.
         self._more = None if once else torch.zeros((), dtype=torch.bool, device="cpu")
@@ -385,6 +388,7 @@ class Capture(TorchFunctionMode):
         self.output_bytes = 0  # looking: of operations with parameters
         self.factors: Tensor | None = None  # looking: of each sample's cotangent, against the backward before
         self.candidates: dict[str, set[str]] = {}
+        self.ambiguous: set[str] = set()  # used several times, and once where several layouts fit
         self._earlier: dict[tuple[str, ...], list[Tensor]] = {}
         self._anchor = next(iter(leaves.values()), None)  # any tensor that requires grad
 
@@ -396,6 +400,8 @@ class Capture(TorchFunctionMode):
         ):
             return result
         kwargs = kwargs or {}
+        if func in _INNER and not self._backward and not self._looking:
+            self._uncover(list(self._leaves))  # the taps would take it for the backward of the estimate
         found = self._found(args, kwargs)
         if not found:
             if func in _SELECTS and not self._moved:
@@ -415,6 +421,8 @@ class Capture(TorchFunctionMode):
                 return _body(func)(*args, **kwargs)
         if any(id(t) in self._shared for t in _tensors(args, kwargs)):
             return self._of_shared(func, args, kwargs, found)
+        if len(found) == 1 and (made := self._made_of_parameter(func, args, kwargs, found[0])) is not None:
+            return made
         result = func(*args, **kwargs)
         if self._is_unknown(result, args):
             self._uncover(found)
@@ -433,6 +441,8 @@ class Capture(TorchFunctionMode):
         sums = self._native.get(names)
         if sums is None or self._moved or self._shared or id(input) in self._names:
             return None
+        if bias is not None and names[1] is None and bias.requires_grad:
+            return None  # it is made of parameters, to which the native tap lets no gradient through
         several = self._several(names, (self._size, len(weight)), sums[0])
         tapped = _tap_linear(input, weight, bias, *sums, self._size, SMALL, VECTORS, *several)
         if tapped is not None and not self._backward:
@@ -535,7 +545,12 @@ class Capture(TorchFunctionMode):
                 use = self._embedded.setdefault(name, SINGLE if len(ids) == self._size else SHARED)
                 if use == SINGLE and len(ids) != self._size:
                     return None  # used in both ways
-            if ids.shape[0] == 1 or (ids.dim() == 1 and self._embedded[name] == SHARED) or _are_relative(ids):
+            if (
+                not ids.dim()
+                or ids.shape[0] == 1
+                or (ids.dim() == 1 and self._embedded[name] == SHARED)
+                or _are_relative(ids)
+            ):
                 return self._share(y, name, rules[0], ids)
         layouts: set[str] = set()
         if self._looking:
@@ -648,6 +663,30 @@ class Capture(TorchFunctionMode):
         self._shared[id(y)] = _Shared(y, table, rows, ids)
         return y
 
+    def _made_of_parameter(self, func: Any, args: Any, kwargs: Any, name: str) -> Tensor | None:
+        """What an operation without a rule makes of one parameter alone, as ``1 + weight``, seen in its place then.
+
+        None where it takes more than that or makes something else.
+        """
+        leaf, called = self._leaves[name], getattr(func, "__name__", "")
+        if called.startswith(("__get__", "__i")) or (called.endswith("_") and not called.endswith("__")):
+            return None  # an attribute; a change in place
+        others = [t for t in _tensors(args, kwargs) if t is not leaf]
+        if any(t.requires_grad or t.shape[:1] == (self._size,) for t in others):
+            return None
+        if not any(a is leaf for a in (*args, *kwargs.values())):
+            return None  # it is in a list
+        table = self._tables.setdefault(name, leaf.detach().requires_grad_())
+        with _own_graph():
+            result = func(
+                *(table if a is leaf else a for a in args),
+                **{key: table if a is leaf else a for key, a in kwargs.items()},
+            )
+        if not isinstance(result, Tensor) or result.requires_grad != torch.is_grad_enabled():
+            return None
+        self._shared[id(result)], self._names[id(result)] = _Shared(result, table, alone=True), name
+        return result
+
     def _of_shared(self, func: Any, args: Any, kwargs: Any, found: list[str]) -> Any:
         """An operation without a rule on what all samples share, and perhaps on more."""
         if func in _BROADCASTING:
@@ -671,16 +710,18 @@ class Capture(TorchFunctionMode):
         if torch.is_grad_enabled() and not result.requires_grad:
             return None
         table: Tensor | None = None
-        for t in _tensors(args, kwargs):
+        tensors = list(_tensors(args, kwargs))
+        alone = any(id(t) in self._shared and self._shared[id(t)].alone for t in tensors)
+        for t in tensors:
             of = self._shared.get(id(t))
-            if of is None and t.requires_grad:
+            if of is None and (t.requires_grad or (alone and t.shape[:1] == (self._size,))):
                 return None
             if of is not None and func in _BROADCASTING and t.shape[:1] == (1,) != result.shape[:1]:
                 return None  # another batch may have as many samples as this has become
             if of is not None and table is not None and of.table is not table:
                 return None
             table = table if of is None else of.table
-        return None if table is None else _Shared(result, table)
+        return None if table is None else _Shared(result, table, alone=alone)
 
     def _given_to_each(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """An operation's arguments: where some have every sample, what all share is repeated for each, and tapped."""
@@ -756,15 +797,20 @@ class Capture(TorchFunctionMode):
         for layout in layouts:
             now, then = self._by_sample(g, layout), self._by_sample(before, layout)
             expected = then * self.factors.to(then.dtype).view(-1, *[1] * (then.dim() - 1))
-            near = (now - expected).abs() <= 0.1 * expected.abs()  # a tenth of allclose's time, which knows NaN
-            if near.all() or torch.allclose(now, expected, rtol=0.1, atol=0.0, equal_nan=True):
+            rtol = 0.1 if g.dtype in (torch.bfloat16, torch.float16) else 0.01
+            near = (now - expected).abs() <= rtol * expected.abs()  # a tenth of allclose's time, which knows NaN
+            if near.all() or torch.allclose(now, expected, rtol=rtol, atol=0.0, equal_nan=True):
                 fits.add(layout)
         for name in names:
+            if len(fits) > 1 and self._count.get(name, 0) > 1:
+                self.ambiguous.add(name)  # another use may have the one layout, and this the other
             self.candidates[name] = self.candidates.get(name, set()) & fits
             self.verified.add(name)
 
     def _take(self, name: str, rule: Rule, x: Tensor, g: Tensor) -> None:
         layout = self.status[name]
+        if layout in ("blocks", "steps") and isinstance(rule, Broadcast):
+            rule, x = rule.of_rows(x)
         x, g = self._by_sample(x, layout), self._by_sample(g, layout)
         total = self._sums[name]
         if self._count[name] == 1:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ewc_fast.fisher.batches import check_loader, expected_samples, first, warn_of_few
+from ewc_fast.fisher.batches import check_loader, expected_samples, first, warn
 from ewc_fast.fisher.diagonal import FisherDiagonal
-from ewc_fast.fisher.estimator import FisherEstimator, isolated_rng
+from ewc_fast.fisher.estimator import FisherEstimator, isolated_rng, one_at_a_time
 from ewc_fast.fisher.modes import module_mode
 
 
+@one_at_a_time
 def estimate_fisher(
     model: nn.Module,
     loader: Iterable[Any],
@@ -40,7 +41,8 @@ def estimate_fisher(
     - ``"empirical"``: the given labels. Equal to the Fisher only where the model fits the data's distribution
       (Kunstner et al. 2019 show how far apart they may be).
     - ``"predicted"``: the model's own most likely label.
-    - ``"reversed"``: the given labels after the logits are negated (EWC-DR, 2026); an importance, not a Fisher's unit.
+    - ``"reversed"``: the given labels after the logits are negated (EWC-DR, arXiv:2603.18596, 2026); an importance, not
+      a Fisher's unit.
     - ``"batch"``: ``sum_b N_b^2 g_b^2 / sum_b N_b`` with ``g_b`` the gradient of the mean loss of batch b, of N_b
       samples, on the given labels: one backward per batch. Biased: where the samples' gradients have the mean mu, it
       exceeds ``"empirical"`` by about ``(N_b - 1) mu^2``, which is small near an optimum only.
@@ -50,8 +52,8 @@ def estimate_fisher(
     The losses, each with its unit (a term of the mean that users look at):
 
     - ``"cross_entropy"``: labels (B,) with logits (B, C): the sample; kinds that take the model's own labels do not
-      look at given ones. Labels (B, T) with logits (B, T, C) (token classification, sequence to sequence): the counted
-      label; -100 does not count.
+      look at given ones, but for an ``ignore_index`` other than -100. Labels (B, T) with logits (B, T, C) (token
+      classification, sequence to sequence): the counted label; -100 does not count.
     - ``"causal_lm"``: logits at t against the label at t + 1: the token. Labels are those of the batch, else
       ``input_ids``; -100, what ``attention_mask`` leaves out and a first token after padding do not count. The square
       is that of each sequence's *summed* log-likelihood, summed over sequences and divided by all counted tokens.
@@ -88,8 +90,9 @@ def estimate_fisher(
 
     Raises:
         ValueError: A kind or loss that is not available, ``num_samples`` below 1, a model without trainable parameters,
-            an empty loader, a batch in which nothing counts, labels that are missing, malformed or out of range, logits
-            of a shape that the loss does not take, a loss or a gradient that is not finite.
+            an empty loader, a batch in which nothing counts or whose rows have several documents, labels that are
+            missing, malformed or out of range, logits of a shape that the loss does not take, a loss or a gradient that
+            is not finite.
         TypeError: A loader that cannot be iterated, a batch that is neither a tensor nor (inputs, labels), logits that
             are no tensor, a generator that is none.
 
@@ -112,20 +115,33 @@ def estimate_fisher(
         params=params,
         out=out,
     )
-    device = estimator.device
+    return estimate(estimator, loader, num_samples, progress, "Fisher", generator)
+
+
+def estimate(
+    estimator: FisherEstimator,
+    loader: Iterable[Any],
+    num_samples: int | None,
+    progress: bool,
+    what: str,
+    generator: torch.Generator | None = None,
+) -> FisherDiagonal:
+    """An estimator's result from a loader's batches; ``what`` is the progress bar's."""
     with (
-        isolated_rng(generator, device),
-        module_mode(model, training=False),  # here, so that not every batch has to switch it
-        tqdm(total=expected_samples(loader, num_samples), desc="Fisher", unit="sample", disable=not progress) as bar,
+        isolated_rng(generator, estimator.device),
+        module_mode(estimator.model, training=False),  # here, so that not every batch has to switch it
+        tqdm(total=expected_samples(loader, num_samples), desc=what, unit="sample", disable=not progress) as bar,
     ):
         for batch in loader:
             if num_samples is not None:
                 batch = first(batch, num_samples - estimator.num_samples)
             before = estimator.num_samples
-            estimator.update(batch)
+            estimator.update_in_isolation(batch)
             bar.update(estimator.num_samples - before)
             if estimator.num_samples == num_samples:
                 break
     fisher = estimator.result(final=True)
-    warn_of_few(num_samples, estimator.num_samples)
+    found = estimator.num_samples
+    if num_samples is not None and found < num_samples:
+        warn(f"num_samples is {num_samples}, but the loader has only {found} samples: they were all used")
     return fisher

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ewc_fast.fisher.batches import batch_size, by_sample, take, to_device
+from ewc_fast.fisher.batches import batch_size, by_sample, take, to_device, warn
 from ewc_fast.fisher.capture import SILENT, UNCOVERED, Capture, StatusChanged, Uses
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
 from ewc_fast.fisher.fallback import NotVectorised, add_in_loop, add_vectorised
 from ewc_fast.fisher.modes import module_mode
 from ewc_fast.fisher.objectives import Objective, Target, make_objective
-from ewc_fast.fisher.rules import held_bytes, samples_at_once
+from ewc_fast.fisher.rules import add_squares_, held_bytes, samples_at_once
 from ewc_fast.layout import check_materialised, select_parameters, unwrapped
-from ewc_fast.ops.fisher import fisher_accumulate_
+from ewc_fast.ops.reference import may_overlap, sharing
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _LOOK_SAMPLES = 4  # of the batch, to find out where in each operation the samples lie
+_FACTORS = 8  # different ones, by which samples are told from each other
+_APART = 0.05  # of the largest output, by which a sample's alone is another than in its batch; rounding in bf16 is less
 _MAX_LOOKS = 3
-_ONE_AT_A_TIME = threading.RLock()  # a model's parameters are replaced meanwhile, and one of torch's flags is changed
+_LOCK = threading.RLock()  # a model's parameters are replaced meanwhile, and one of torch's flags is changed
+
+
+def one_at_a_time(function: Callable[P, T]) -> Callable[P, T]:
+    """Lets no other thread estimate meanwhile."""
+
+    @functools.wraps(function)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _LOCK:
+            return function(*args, **kwargs)
+
+    return alone
 
 
 class FisherEstimator:
@@ -51,8 +66,23 @@ class FisherEstimator:
         logits_transform: From the model's logits to those of the likelihood.
         params: Names, shell patterns or parameters to estimate for; None for all that require grad.
         out: Tensors by parameter name to accumulate in, zeroed here: fp32, or fp64 for fp64 parameters.
+
+    Attributes:
+        model: As given.
+        kind: Likewise.
+        device: Of the model's first parameter that is estimated for; batches are moved to it.
+        num_samples: Counted so far.
+        num_terms: Terms (samples, labels, tokens) counted so far.
+
+    Raises:
+        ValueError: A kind or loss that is not available, ``params`` that select nothing or a model in which no
+            parameter requires grad, a parameter on the meta device or not initialised, ``out`` that does not fit.
+        TypeError: A generator that is none, a complex parameter.
     """
 
+    _WHAT = "squared gradient"
+
+    @one_at_a_time
     def __init__(
         self,
         model: nn.Module,
@@ -77,7 +107,12 @@ class FisherEstimator:
             )
         for name, p in selected.items():
             check_materialised(name, p)
+            if p.is_complex():
+                raise TypeError(
+                    f"{name} has dtype {p.dtype}, which has no Fisher: freeze it, or leave it out of params="
+                )
         self.kind, self._generator = kind, generator
+        self.model = model
         self._model = model = unwrapped(model)
         self.device = next(iter(selected.values())).device
         inner = {id(p): name for name, p in model.named_parameters()}
@@ -86,6 +121,10 @@ class FisherEstimator:
         self._params = dict(selected)
         names = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._modules = list(model.modules())
+        self._compiled = any(
+            m._compiled_call_impl is not None or hasattr(vars(m).get("forward"), "_torchdynamo_orig_callable")
+            for m in self._modules
+        )
         self._places: list[tuple[dict[str, Any], str, str]] = [  # of each parameter and buffer, under all its names
             (held, attribute, names[id(t)])
             for module in self._modules
@@ -106,6 +145,8 @@ class FisherEstimator:
         self._vectorised = self._changes_inputs = True  # until a call has shown that they need not be copied
         self._why_uncovered: str | None = None
         self._said_why_uncovered = False
+        self._whole = False  # some samples of a batch do not run, as with a tensor of all that is as long as the batch
+        self._compared = False  # a sample's output alone with that in its batch
         self._reentrant = False  # until a parameter is used with grad disabled, as in reentrant checkpoints
         self._methods: set[str] = set()
         self.num_samples = self.num_terms = self._largest = self._batches = 0
@@ -124,27 +165,44 @@ class FisherEstimator:
                 or out[name].dtype != dtype
                 or out[name].device != p.device
                 or out[name].requires_grad
+                or out[name].is_inference()
+                or may_overlap(out[name])
             ):
                 raise ValueError(
                     f"out[{name!r}] must be a {dtype} tensor of shape {tuple(p.shape)} on {p.device} without "
-                    "requires_grad"
+                    "requires_grad, not made under inference_mode, each element with a place of its own"
                 )
-            sums[name] = out[name].zero_()
+            sums[name] = out[name]
+        if out is not None:
+            # Parameters may share theirs.
+            places = {p.data_ptr(): (f"parameter {name!r}", p) for name, p in self._model.named_parameters()}
+            held = [*places.values(), *((f"out[{name!r}]", total) for name, total in sums.items())]
+            shared = sharing([t for _, t in held])
+            if shared is not None:
+                one, other = (held[i][0] for i in sorted(shared))
+                raise ValueError(f"{other} is in the memory of {one}: give a tensor of its own")
+            for total in sums.values():
+                total.zero_()
         return sums
 
     # ---- running the model ----
 
     def _read_model(self) -> None:
-        """What is in the model now. Buffers are copied, so that the model may change them."""
+        """What is in the model now."""
         self._frozen: dict[str, Tensor] = {}
-        self._buffers: dict[str, Tensor] = {}
+        self._own_buffers: dict[str, Tensor] = {}
         for held, attribute, inner in self._places:
             if inner in self._outer:
                 self._params[self._outer[inner]] = held[attribute]
             elif isinstance(held[attribute], nn.Parameter):
                 self._frozen[inner] = held[attribute]
-            elif inner not in self._buffers:
-                self._buffers[inner] = held[attribute].detach().clone()
+            else:
+                self._own_buffers[inner] = held[attribute]
+        self._copy_buffers()
+
+    def _copy_buffers(self) -> None:
+        """For one forward, which may change them."""
+        self._buffers = {inner: b.detach().clone() for inner, b in self._own_buffers.items()}
 
     @contextmanager
     def _swapped(self, weights: Mapping[str, Tensor], *, vectorised: bool = False) -> Iterator[None]:
@@ -154,6 +212,8 @@ class FisherEstimator:
         need none: then the others, too, have a graph, as they have in training.
         """
         other = _with_graph if self._reentrant and not vectorised else Tensor.detach
+        if any(b._version for b in self._buffers.values()):
+            self._copy_buffers()
         tensors = dict(self._buffers)
         for inner, p in self._frozen.items():
             tensors[inner] = other(p)
@@ -181,6 +241,7 @@ class FisherEstimator:
         with self._swapped(weights, vectorised=True):
             return self._output(batch)
 
+    @one_at_a_time
     def update(self, batch: Any) -> None:
         """Adds a batch.
 
@@ -190,7 +251,13 @@ class FisherEstimator:
         Raises:
             ValueError, TypeError: As there, with the batch's index. After an error the estimate is not to be used.
         """
-        with _ONE_AT_A_TIME:
+        with isolated_rng(self._generator, self.device, self._batches):
+            self.update_in_isolation(batch)
+
+    def update_in_isolation(self, batch: Any) -> None:
+        """:meth:`update` where other threads and the global random state are seen to."""
+        # Else what module.compile() or a compiled forward left would compile this package's watching.
+        with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
             self._update(batch)
 
     def _update(self, batch: Any) -> None:
@@ -205,9 +272,12 @@ class FisherEstimator:
         except (TypeError, ValueError) as error:
             error.args = (f"batch {self._batches}: {error}",)
             raise
-        except (RuntimeError, IndexError) as error:  # the model's own, whose message others may look for
+        except Exception as error:  # the model's own, whose message others may look for
+            note = f"in batch {self._batches} of the loader"
             if hasattr(error, "add_note"):  # Python 3.11
-                error.add_note(f"in batch {self._batches} of the loader")
+                error.add_note(note)
+            elif error.args and isinstance(error.args[0], str):
+                error.args = (f"{error.args[0]} ({note})", *error.args[1:])
             raise
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -225,10 +295,7 @@ class FisherEstimator:
             yield
             for inner, p in own.items():
                 if p.grad is not None:
-                    raise ValueError(
-                        f"{self._outer.get(inner, inner)} is used through a reference of the model's own (a list, a "
-                        "closure), where its gradient is not seen: let forward() read it from the module that has it"
-                    )
+                    raise _out_of_sight(self._outer.get(inner, inner))
         finally:
             for inner, p in own.items():
                 if p.grad is not before.get(inner):
@@ -242,7 +309,6 @@ class FisherEstimator:
             try:
                 terms = self._add_whole(batch)
             except StatusChanged:
-                self._read_model()  # of which the forward may have changed buffers
                 terms = self._add_whole(batch)
             self._methods.add("batch" if self.kind == "batch" else "hooks")
         else:
@@ -261,7 +327,8 @@ class FisherEstimator:
         if not self._objective.finite(z.detach(), target):
             where = self._where_not_finite(batch)
             raise ValueError(
-                f"the loss is not finite{where}: check the inputs and the model's weights for NaN and infinities"
+                f"the {self._objective.measure} is not finite{where}: check the inputs and the model's weights for NaN "
+                "and infinities"
             )
         if not target.terms:
             raise ValueError("no label counts: all are the ignored index, or padding; leave such batches out")
@@ -272,12 +339,8 @@ class FisherEstimator:
 
         def look(name: str, module: nn.Module) -> Callable[..., None]:
             def hook(_: nn.Module, __: Any, output: Any) -> None:
-                if (
-                    not found
-                    and isinstance(output, Tensor)
-                    and output.is_floating_point()
-                    and not output.isfinite().all()
-                ):
+                tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+                if not found and not all(t.isfinite().all() for t in tensors):
                     found.append(f" (it begins in {name or 'the model itself'}, {type(module).__name__})")
 
             return hook
@@ -321,7 +384,7 @@ class FisherEstimator:
             assert leaf.grad is not None
             grad = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
             leaf.grad = None
-            fisher_accumulate_([self._sums[name]], [grad])
+            self._accumulate(self._sums[name], grad[None])
 
         def hook_for(name: str) -> Callable[[Tensor], None]:
             def hook(_: Tensor) -> None:
@@ -356,7 +419,7 @@ class FisherEstimator:
     def _parts(self, batch: Any, size: int) -> Iterator[tuple[Any, int]]:
         """What to take at a time of a batch of so many samples, and how many these are."""
         count = 1
-        if self._output_bytes and self._why_uncovered is None:
+        if self._output_bytes and self._why_uncovered is None and not self._whole:
             count = size // samples_at_once(size, self._output_bytes, self._largest_bytes, self.device)
         parts = [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
         # What belongs to all samples must not pass for a part's own.
@@ -382,9 +445,9 @@ class FisherEstimator:
     def _say_why_uncovered(self) -> None:
         if self._why_uncovered is not None and not self._said_why_uncovered:
             self._said_why_uncovered = True
-            _warn(
-                f"{type(self._model).__name__} cannot run on a few samples of a batch ({self._why_uncovered}), which "
-                "would tell where they lie; the per-sample gradients are taken without layers' rules, which is slower"
+            warn(
+                f"{type(self._model).__name__} cannot run in sight of the layers' rules ({self._why_uncovered}); the "
+                "per-sample gradients are taken without them, which is slower"
             )
 
     def _capture(self, leaves: dict[str, Tensor], size: int, *, once: bool, looking: bool) -> Capture:
@@ -397,14 +460,18 @@ class FisherEstimator:
     def _look(self, batch: Any, size: int) -> None:
         """Finds out which parameters the rules cover, and where in their operations the samples lie.
 
-        On a few samples, and on others where those leave it open.
+        On a few samples, and on others where those leave it open; on all where the model does not run on a few.
         """
         self._native.clear()
-        few = min(size, _LOOK_SAMPLES)
+        few = size if self._whole else min(size, _LOOK_SAMPLES)
         unclear: dict[str, str] = {}
         for start in range(0, size, few)[:_MAX_LOOKS]:
             first = min(start, size - few)
-            now = self._look_at(take(batch, slice(first, first + few), size), few)
+            before = dict(self._status)
+            now = self._look_at(batch if few == size else take(batch, slice(first, first + few), size), few)
+            if self._why_uncovered is not None and few < size:
+                self._why_uncovered, self._whole, self._status = None, True, before
+                return self._look(batch, size)
             unclear = now | {name: status for name, status in unclear.items() if name not in self._status}
             if not unclear:
                 return
@@ -419,7 +486,6 @@ class FisherEstimator:
             Parameters that other samples may tell more of, and the status that they get if none does.
         """
         before = dict(self._status)
-        buffers = {name: b.clone() for name, b in self._buffers.items()}
         leaves = {name: p.detach().requires_grad_() for name, p in self._params.items()}
         capture = self._capture(leaves, few, once=False, looking=True)
         looked = False
@@ -431,7 +497,7 @@ class FisherEstimator:
                 generator = torch.Generator("cpu").manual_seed(0)
                 noise = torch.randn(z.shape, generator=generator, device="cpu").to(z.device, z.dtype)
                 capture.backward(z, noise, again=True)
-                factors = 2.0 ** torch.arange(few, device=z.device)
+                factors = 2.0 ** (torch.arange(few, device=z.device) % _FACTORS)
                 capture.factors = factors
                 capture.backward(z, noise * factors.to(z.dtype).view(-1, *[1] * (z.dim() - 1)), again=False)
         except torch.OutOfMemoryError:
@@ -442,8 +508,6 @@ class FisherEstimator:
             self._was_without_graph(capture)
             self._status.update(dict.fromkeys(self._params, UNCOVERED))
             return {}
-        finally:
-            self._buffers = buffers
         if self._was_without_graph(capture) and self._frozen:
             self._status = before
             return self._look_at(part, few)
@@ -458,7 +522,7 @@ class FisherEstimator:
             if known == UNCOVERED or known in layouts:
                 continue
             if name in capture.verified:
-                if len(layouts) == 1:
+                if len(layouts) == 1 and name not in capture.ambiguous:
                     self._status[name] = next(iter(layouts))
                 elif layouts:
                     unclear[name] = UNCOVERED
@@ -494,6 +558,7 @@ class FisherEstimator:
                     capture.backward(z, cotangent, again=more)
                 late = {name: self._params[name].detach() for name in capture.awake()} if silent else {}
                 if rest or late:
+                    self._compare_alone(z, batch, size)
                     self._add_rest({**rest, **late}, batch, size, cotangent)
                 awake.update(late)
         for name in capture.out_of_sight():
@@ -506,14 +571,41 @@ class FisherEstimator:
             self._look(batch, size)
         return target.terms
 
+    def _compare_alone(self, z: Tensor, batch: Any, size: int) -> None:
+        """Warns, once, where the samples of a batch are not what samples alone are."""
+        if self._compared:
+            return
+        self._compared = True
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # a reentrant checkpoint's
+            alone = self._run({}, take(batch, slice(0, 1), size))
+        for leaf in _leaves(alone):  # none, but for what came past what replaces the parameters
+            for name, p in self._params.items():
+                if leaf is p:
+                    raise _out_of_sight(name)
+        alone = alone.detach().double()
+        together = z[:1].detach().double()
+        if alone.shape != together.shape:
+            return  # which what follows will name
+        most = together[together.isfinite()].abs().amax() if together.isfinite().any() else 0
+        off = (alone - together).abs()
+        if (off > _APART * most).any():
+            warn(
+                f"{type(self._model).__name__} gives another output for a sample alone than for the same sample in its "
+                "batch: a tensor that belongs to all samples is as long as the batch and passes for one with a row for "
+                "each, the samples depend on each other (BatchNorm without running statistics), or the model draws "
+                "random numbers. The gradients are those of samples alone; give the model batches of one sample if "
+                "that is not what they should be"
+            )
+
     def _add_rest(self, weights: dict[str, Tensor], batch: Any, size: int, cotangent: Tensor) -> None:
         if self._vectorised:
             try:
-                add_vectorised(self._run, weights, self._sums, batch, size, cotangent)
+                add_vectorised(self._run, weights, self._sums, batch, size, cotangent, self._accumulate)
             except NotVectorised as error:
                 self._vectorised = False
                 reason = str(error.__cause__).strip().split("\n")[0]
-                _warn(
+                warn(
                     f"{type(self._model).__name__} cannot run under torch.vmap ({reason}); the per-sample gradients of "
                     f"{len(weights)} of its parameters are taken in a loop over samples, which is slower"
                 )
@@ -523,7 +615,12 @@ class FisherEstimator:
         self._methods.add("loop")
         # With a graph for every parameter: a reentrant checkpoint drops gradients where its inputs need none.
         sums = {name: self._sums[name] for name in weights}
-        add_in_loop(self._swapped, self._output, self._params, sums, batch, size, cotangent)
+        add_in_loop(self._swapped, self._output, self._params, sums, batch, size, cotangent, self._accumulate)
+
+    @staticmethod
+    def _accumulate(total: Tensor, gradients: Tensor) -> None:
+        """Adds what the estimate is a sum of, over per-sample ``gradients`` (N, *shape); never negative."""
+        add_squares_(total, gradients)
 
     def _check_squares(self, batches: int) -> None:
         if self._checked == batches:
@@ -532,9 +629,10 @@ class FisherEstimator:
         largest = {name: total.amax() for name, total in self._sums.items() if total.numel()}
         values = torch.stack([value.to(self.device, torch.float64) for value in largest.values()]).tolist()
         since = f", since one of batches {self._checked} to {batches - 1}" if batches - self._checked > 1 else ""
-        for name, value in zip(largest, values, strict=True):
+        # From the output backwards: what is not finite makes all before it so.
+        for name, value in reversed(list(zip(largest, values, strict=True))):
             if not math.isfinite(value):
-                raise ValueError(f"the squared gradient of parameter {name!r} is not finite{since}")
+                raise ValueError(f"the {self._WHAT} of parameter {name!r} is not finite{since}")
         self._checked = batches
 
     # ---- results ----
@@ -599,6 +697,7 @@ class FisherEstimator:
             "often": sorted(self._often),
             "output_bytes": self._output_bytes,
             "reentrant": self._reentrant,
+            "whole": self._whole,
             "generator": None if self._generator is None else self._generator.get_state(),
         }
 
@@ -618,12 +717,21 @@ class FisherEstimator:
             raise ValueError(
                 f"the state was made with {state['settings']}, this estimator with {self._objective.settings()}"
             )
-        shapes = {name: total.shape for name, total in state["sums"].items()}
-        if shapes != {name: total.shape for name, total in self._sums.items()}:
-            raise ValueError("the state is of another model: its parameters' names and shapes differ")
+        shapes = {name: (total.shape, total.dtype) for name, total in state["sums"].items()}
+        if shapes != {name: (total.shape, total.dtype) for name, total in self._sums.items()}:
+            raise ValueError("the state is of another model: its parameters' names, shapes or dtypes differ")
         if (state["generator"] is None) != (self._generator is None):
             raise ValueError("the state was made with a generator and this estimator has none, or the other way round")
-        num_samples, num_terms, largest, batches = map(int, state["counts"])
+        try:
+            num_samples, num_terms, largest, batches = map(int, state["counts"])
+            status, looks, embedded = map(dict, state["status"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the state is damaged: its counts and status are not what state_dict() gives: {error}"
+            ) from None
+        for name, total in state["sums"].items():
+            if not total.isfinite().all():
+                raise ValueError(f"the state is damaged: the sum of {name} is not finite")
         if self._generator is not None:
             self._generator.set_state(state["generator"].cpu())
         for name, total in self._sums.items():
@@ -633,19 +741,34 @@ class FisherEstimator:
         self.num_samples, self.num_terms, self._largest, self._batches = num_samples, num_terms, largest, batches
         self._checked = 0
         self._methods = set(state["methods"])
-        self._status, self._looks, self._embedded = (dict(known) for known in state["status"])
+        self._status, self._looks, self._embedded = status, looks, embedded
         self._often = set(state.get("often", ()))
         self._output_bytes = int(state.get("output_bytes", 0))
         self._reentrant = bool(state.get("reentrant", False))
+        self._whole = bool(state.get("whole", False))
         self._native.clear()
 
 
-def _warn(message: str) -> None:
-    """At the line of whoever called this package, at whatever depth."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == __package__.partition(".")[0]:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+def _out_of_sight(name: str) -> ValueError:
+    return ValueError(
+        f"{name} is used through a reference of the model's own (a list, a closure), where its gradient is not seen: "
+        "let forward() read it from the module that has it"
+    )
+
+
+def _leaves(t: Tensor) -> Iterator[Tensor]:
+    """Of a tensor's graph."""
+    if t.requires_grad and t.grad_fn is None:
+        yield t
+    nodes, seen = [t.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes += [following for following, _ in node.next_functions]
 
 
 def _with_graph(p: Tensor) -> Tensor:
@@ -662,13 +785,17 @@ def _drop_gradient(leaf: Tensor) -> None:
 
 
 @contextmanager
-def isolated_rng(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    """Leaves the global random state as found if there is a generator; a shuffling loader then follows that one."""
+def isolated_rng(generator: torch.Generator | None, device: torch.device, number: int = 0) -> Iterator[None]:
+    """Leaves the global random state as found if there is a generator; a shuffling loader then follows that one.
+
+    ``number`` tells apart what begins with the same state of the generator.
+    """
     if generator is None:
         yield
         return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         ahead = torch.Generator(generator.device)  # a seed that follows from the generator and does not advance it
         ahead.set_state(generator.get_state())
-        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=ahead, device=generator.device)))
+        seed = int(torch.randint(2**62, (), generator=ahead, device=generator.device))
+        torch.default_generator.manual_seed(seed + number)
         yield

@@ -14,12 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_unflatten
 
 from ewc_fast.fisher.batches import by_sample, take
-from ewc_fast.fisher.rules import add_squares_
 
 # Per-sample gradients held at once. On the CPU they should stay in the cache between being written and being squared.
 _CHUNK_BYTES = {"cpu": 16 << 20}
 _CHUNK_BYTES_ELSEWHERE = 256 << 20
 
+Accumulate = Callable[[Tensor, Tensor], None]  # into a sum, of the gradients of several samples
 Run = Callable[[Mapping[str, Tensor], Any], Tensor]  # weights and a batch to outputs
 
 
@@ -28,9 +28,15 @@ class NotVectorised(Exception):
 
 
 def add_vectorised(
-    run: Run, weights: dict[str, Tensor], sums: Mapping[str, Tensor], batch: Any, size: int, cotangent: Tensor
+    run: Run,
+    weights: dict[str, Tensor],
+    sums: Mapping[str, Tensor],
+    batch: Any,
+    size: int,
+    cotangent: Tensor,
+    accumulate: Accumulate,
 ) -> None:
-    """Adds the squares of all samples' gradients, in chunks of bounded memory.
+    """Accumulates all samples' gradients, in chunks of bounded memory.
 
     Raises:
         NotVectorised: The first chunk failed.
@@ -52,6 +58,7 @@ def add_vectorised(
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # the fused attention kernels have no batching rule
         # A reentrant checkpoint says that here before it fails.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+        warnings.filterwarnings("ignore", "There is a performance drop")  # an operation runs sample by sample in vmap
         for start in range(0, size, step):
             samples = slice(start, start + step)
             try:
@@ -63,7 +70,7 @@ def add_vectorised(
                     raise
                 raise NotVectorised from error
             for name, gradient in found.items():
-                add_squares_(sums[name], gradient.to(sums[name].dtype))
+                accumulate(sums[name], gradient.to(sums[name].dtype))
 
 
 def add_in_loop(
@@ -74,6 +81,7 @@ def add_in_loop(
     batch: Any,
     size: int,
     cotangent: Tensor,
+    accumulate: Accumulate,
 ) -> None:
     """The same, one sample at a time, for the weights that ``sums`` has."""
     for i in range(size):
@@ -87,4 +95,4 @@ def add_in_loop(
         for name, leaf in leaves.items():
             if leaf.grad is not None and name in sums:
                 gradient = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
-                add_squares_(sums[name], gradient[None].to(sums[name].dtype))
+                accumulate(sums[name], gradient[None].to(sums[name].dtype))

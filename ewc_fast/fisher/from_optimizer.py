@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
 import warnings
 import zipfile
@@ -182,12 +181,16 @@ def _entries(
         raise TypeError(
             f"optimizer must be a torch optimizer, its state dict or a path, got {type(optimizer).__name__}"
         )
-    if not isinstance(optimizer.get("state"), Mapping) or not isinstance(optimizer.get("param_groups"), Sequence):
+    groups, state = optimizer.get("param_groups"), optimizer.get("state")
+    if (
+        not isinstance(state, Mapping)
+        or not isinstance(groups, Sequence)
+        or not all(isinstance(group, Mapping) and "params" in group for group in groups)
+    ):
         raise ValueError(
             "optimizer must be the dict that optimizer.state_dict() returns, with 'state' and 'param_groups'; this one "
             f"has {', '.join(map(repr, list(optimizer)[:5])) or 'nothing'}"
         )
-    groups, state = optimizer["param_groups"], optimizer["state"]
     entries = {}
     for group, group_names in zip(groups, _group_names(groups, state, model), strict=True):
         for key, name in zip(group["params"], group_names, strict=True):
@@ -207,7 +210,9 @@ def _read(path: Path) -> Any:
     # Mapped, so that Adam's first moment, half of the file, is never read.
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # the pickled stream's own, whatever a byte of it leads to
         raise ValueError(f"{path} is damaged or no optimizer state saved by torch.save: {error}") from error
 
 

@@ -7,37 +7,24 @@ half, ``c * sum importance (theta - theta*)^2``: that is ``ewc_lambda = 2 c`` he
 from __future__ import annotations
 
 import math
-import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from tqdm.auto import tqdm
 
-from ewc_fast.fisher.batches import (
-    batch_size,
-    check_loader,
-    expected_samples,
-    first,
-    take_apart,
-    to_device,
-    warn_of_few,
-)
+from ewc_fast.fisher.batches import batch_size, check_loader, take_apart
+from ewc_fast.fisher.capture import UNCOVERED
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
-from ewc_fast.fisher.modes import module_mode
-from ewc_fast.fisher.objectives import logits_of
-from ewc_fast.layout import trainable_parameters, unwrapped
+from ewc_fast.fisher.estimate import estimate
+from ewc_fast.fisher.estimator import FisherEstimator, one_at_a_time
+from ewc_fast.fisher.objectives import Objective, Target
+from ewc_fast.layout import trainable_parameters
 
 PATH_KINDS = ("si", "rwalk")
-
-# Per-sample gradients that vmap holds at once.
-_CHUNK_BYTES = 64 << 20
 
 
 def uniform_importance(model: nn.Module) -> FisherDiagonal:
@@ -56,7 +43,8 @@ def uniform_importance(model: nn.Module) -> FisherDiagonal:
     References:
         Li, Grandvalet, Davoine, "Explicit inductive bias for transfer learning with convolutional networks", ICML 2018.
     """
-    ones = {name: _zeros(p).fill_(1) for name, p in _trainable(model).items()}
+    with torch.inference_mode(False):  # or what is made here could not be changed outside of it
+        ones = {name: _zeros(p).fill_(1) for name, p in _trainable(model).items()}
     return FisherDiagonal(ones, _info("l2sp", "constant"))
 
 
@@ -219,6 +207,7 @@ class PathImportance:
                 "optimizer.step was called with a closure, which computes the gradient inside the step where "
                 "PathImportance cannot see it: call backward before step(), or remove() the PathImportance"
             )
+        self._step = None  # of a step that raised
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return
@@ -304,6 +293,7 @@ class _IntervalTrace(_Trace):
         self._squares.zero_()
 
 
+@one_at_a_time
 def mas_importance(
     model: nn.Module, loader: Iterable[Any], num_samples: int | None = None, progress: bool = False
 ) -> FisherDiagonal:
@@ -315,8 +305,9 @@ def mas_importance(
 
     The model is in evaluation mode meanwhile; its training flags, buffers and gradients are left as they were.
     Gradients are vectorised over samples with :func:`torch.func.vmap`; a model that does not allow it runs sample by
-    sample after a warning, and ``info.method`` says so. Absolute values of sums over positions have no product form, so
-    this costs as much as vmap, several times a Fisher of the same batches.
+    sample after a warning, and ``info.method`` says so. Batches of one sample are an ordinary backward. Absolute values
+    of sums over positions have no product form, so this costs as much as vmap, several times a Fisher of the same
+    batches.
 
     Args:
         model: Treats the samples of a batch independently; returns a tensor (B, ...), or an object or mapping with
@@ -333,8 +324,8 @@ def mas_importance(
         fp32 (fp64 for fp64 parameters).
 
     Raises:
-        ValueError: No parameter requires grad, an empty loader, ``num_samples`` below 1, an importance that is not
-            finite.
+        ValueError: No parameter requires grad, or one is used through a list or closure of the model's own; an empty
+            loader, ``num_samples`` below 1, an output or a gradient that is not finite.
         TypeError: A loader that cannot be iterated, a batch or an output of none of the forms above.
 
     References:
@@ -342,116 +333,49 @@ def mas_importance(
         ECCV 2018.
     """
     check_loader(loader, num_samples)
-    params = _trainable(model)
-    device = next(model.parameters()).device
-    with torch.inference_mode(False):  # or what is made here could not be changed outside of it
-        sums = {name: _zeros(p) for name, p in params.items()}
-    count = largest = 0
-    vectorised = True
-    with (
-        module_mode(model, training=False),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        sdpa_kernel(SDPBackend.MATH),  # the fused attention kernels have no batching rule
-        tqdm(total=expected_samples(loader, num_samples), desc="MAS", unit="sample", disable=not progress) as bar,
-    ):
-        for index, batch in enumerate(loader):
-            try:
-                batch = to_device(batch if num_samples is None else first(batch, num_samples - count), device)
-                size = batch_size(batch)
-                if size:
-                    vectorised = _per_sample_absolute(model, params, batch, size, sums, vectorised)
-                    _check_finite(sums, "the importance")
-            except (TypeError, ValueError) as error:
-                error.args = (f"batch {index}: {error}",)
-                raise
-            count += size
-            largest = max(largest, size)
-            bar.update(size)
-            if count == num_samples:
-                break
-    if not count:
-        raise ValueError("the loader is empty: MAS needs at least one sample")
-    warn_of_few(num_samples, count)
-    info = _info("mas", "vmap" if vectorised else "loop", loss="squared_norm", count=count, batch_size=largest)
-    return FisherDiagonal({name: total.div_(count) for name, total in sums.items()}, info)
+    _trainable(model)  # or what raises would speak of an estimate
+    return estimate(_Magnitudes(model), loader, num_samples, progress, "MAS")
 
 
-def _per_sample_absolute(
-    model: nn.Module,
-    params: Mapping[str, nn.Parameter],
-    batch: Any,
-    size: int,
-    sums: Mapping[str, Tensor],
-    vectorised: bool,
-) -> bool:
-    """Adds to ``sums`` the absolute gradient of each sample's squared output norm, by parameter.
+class _SquaredNorm(Objective):
+    """What MAS differentiates, in an estimate's terms: its gradient at an output is twice the output."""
 
-    Args:
-        model: The model.
-        params: The parameters to differentiate by, by any name.
-        batch: Some samples, on the model's device.
-        size: Their number.
-        sums: Written to; by the names of ``params``.
-        vectorised: Whether to try ``torch.func.vmap``.
+    name = "squared_norm"
+    unit = "none"
+    measure = "output"
 
-    Returns:
-        Whether it was vectorised.
-    """
-    model = unwrapped(model)  # functional_call refuses some wrappers
-    inner_names = {id(p): name for name, p in model.named_parameters()}
-    weights = {inner_names[id(p)]: p.detach() for p in params.values()}
-    targets = dict(zip(weights, sums.values(), strict=True))
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    def target(self, model: nn.Module, z: Tensor, batch: Any) -> Target:
+        size = batch_size(batch)
+        if not z.dim() or len(z) != size:
+            raise ValueError(f"model(inputs) must return outputs (batch, ...), batch = {size}, got {tuple(z.shape)}")
+        mask = take_apart(batch).kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or z.shape[:-1] != mask.shape:
+            return Target(None, None, size)
+        return Target(None, mask != 0, size)
 
-    args, kwargs, _ = take_apart(batch)
-    leaves, tree = tree_flatten((args, kwargs))
-    rows = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size]
+    def cotangents(self, z: Tensor, target: Target, generator: torch.Generator | None) -> Iterator[Tensor]:
+        twice = 2 * z.detach().to(torch.promote_types(z.dtype, torch.float32))
+        yield twice if target.counted is None else twice.masked_fill(~target.counted[..., None], 0)
 
-    def squared_norm(weights: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
-        filled = list(leaves)
-        for i, row in zip(rows, sample, strict=True):
-            filled[i] = row.unsqueeze(0).clone()  # a copy, because a model may change its inputs in place
-        args, kwargs = tree_unflatten(filled, tree)
-        outputs = logits_of(functional_call(model, (weights, buffers), args, kwargs))
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and outputs.shape[:-1] == mask.shape:
-            outputs = outputs.masked_fill((mask == 0)[..., None], 0)
-        return outputs.square().sum()
 
-    chunk = max(1, _CHUNK_BYTES // max(1, sum(w.numel() * w.element_size() for w in weights.values())))
-    for start in range(0, size, chunk):
-        part = [leaves[i][start : start + chunk] for i in rows]
-        failure = None
-        if vectorised:
-            try:
-                gradients = vmap(grad(squared_norm), in_dims=(None, 0))(weights, part)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a model that runs on a batch raises here, vmap's tracing is its cause
-                vectorised, failure = False, error
-            else:
-                for name, gradient in gradients.items():
-                    targets[name] += gradient.to(targets[name].dtype).abs().sum(0)
-                continue
-        for sample in zip(*part, strict=True):
-            inner = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-            norm = squared_norm(inner, list(sample))
-            if not norm.requires_grad:
-                continue  # the outputs depend on no parameter for this sample: all gradients are 0
-            found = torch.autograd.grad(norm, list(inner.values()), allow_unused=True)
-            for name, gradient in zip(inner, found, strict=True):
-                if gradient is not None:
-                    targets[name] += gradient.to(targets[name].dtype).abs()
-        if failure is not None:
-            reason = str(failure).strip().split("\n")[0]
-            warnings.warn(
-                f"{type(model).__name__} cannot run under torch.vmap ({reason}); its per-sample gradients are taken in "
-                "a loop over samples, which is slower",
-                stacklevel=3,
-            )
-    return vectorised
+class _Magnitudes(FisherEstimator):
+    """Sums of the absolute values of per-sample gradients, which no layer's rule gives."""
+
+    _WHAT = "absolute gradient"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.kind = "mas"
+        self._objective = _SquaredNorm("empirical", None, 1)
+        self._status = dict.fromkeys(self._params, UNCOVERED)
+
+    @staticmethod
+    def _accumulate(total: Tensor, gradients: Tensor) -> None:
+        total += gradients.to(total.dtype).abs().sum(0)
+
+    @property
+    def info(self) -> FisherInfo:
+        return replace(super().info, is_fisher=False)
 
 
 def _ordered(hooks: Any) -> OrderedDict[int, Any]:

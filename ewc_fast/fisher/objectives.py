@@ -11,17 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from ewc_fast.checks import check_count
-from ewc_fast.fisher.batches import batch_size, take_apart
+from ewc_fast.fisher.batches import batch_size, is_packed, take_apart
 
 KINDS = ("exact", "sampled", "empirical", "predicted", "reversed", "batch")
 LOSSES = ("cross_entropy", "binary_cross_entropy", "gaussian", "causal_lm")
 _GIVEN = frozenset({"empirical", "reversed", "batch"})
 EXACT_BACKWARDS = 4096  # of one batch
 _EXACT_NUMBERS = 1 << 14  # of cotangents held at once
+IGNORE = -100  # torch's own index of a label that does not count
 _TELLING, _ALIKE = 8, 0.9  # so many labels, of which such a share equals the input, are no chance
 _MANY_CLASSES, _BLOCK = 1024, 256  # see draw_classes
 _PER = {"sample": "sample", "label": "position"}  # what has a label of its own, by the unit
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
+_CLASSIFIES = "ForSequenceClassification"
 _NOT_CAUSAL = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification")
 
 Transform = Callable[[Tensor], Tensor]
@@ -115,6 +117,7 @@ class Objective(ABC):
 
     name = ""
     unit = "sample"
+    measure = "loss"  # in messages
 
     def __init__(self, kind: str, transform: Transform | None, draws: int) -> None:
         self.kind, self.transform, self.draws = kind, transform, draws
@@ -164,7 +167,15 @@ class Objective(ABC):
         return labels
 
 
-def _keeps_labels(model: nn.Module) -> bool:
+def check_causal(model: nn.Module, what: str) -> None:
+    """Raises for a model of transformers that writes no text by itself; a classifier passes."""
+    if keeps_labels(model) and not any(base.__name__.endswith(_CLASSIFIES) for base in type(model).__mro__):
+        raise ValueError(
+            f"{what}, and {type(model).__name__} is an encoder-decoder, or gives each token a label of its own"
+        )
+
+
+def keeps_labels(model: nn.Module) -> bool:
     """Whether a model of transformers compares its logits with the labels as they are, not shifted by one."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
         return True  # it shifts what its decoder reads
@@ -178,7 +189,7 @@ class CrossEntropy(Objective):
     name = "cross_entropy"
 
     def __init__(
-        self, kind: str, transform: Transform | None, draws: int, ignore_index: int = -100, smoothing: float = 0.0
+        self, kind: str, transform: Transform | None, draws: int, ignore_index: int = IGNORE, smoothing: float = 0.0
     ) -> None:
         super().__init__(kind, transform, draws)
         self.ignore_index, self.smoothing = ignore_index, smoothing
@@ -188,8 +199,8 @@ class CrossEntropy(Objective):
 
     def target(self, model: nn.Module, z: Tensor, batch: Any) -> Target:
         size = batch_size(batch)
+        self._check_logits(model, z, size, batch)
         labels = self._labels(batch)
-        self._check_logits(model, z, size, labels, batch)
         unit = "sample" if z.dim() == 2 else "label"
         if self.unit_is_known and unit != self.unit:
             raise ValueError(
@@ -198,9 +209,9 @@ class CrossEntropy(Objective):
             )
         self.unit, self.unit_is_known = unit, True
         if z.dim() == 2:
-            if self.kind not in _GIVEN:
-                return Target(None, None, size)  # unlabelled data will do, whatever stands for a missing label
-            assert labels is not None
+            # Unlabelled data will do, whatever stands for a missing label; an index that the user ignores is none.
+            if labels is None or (self.kind not in _GIVEN and self.ignore_index == IGNORE):
+                return Target(None, None, size)
             return self._given(z, labels, (size,))
         if labels is None:
             raise ValueError(
@@ -209,7 +220,7 @@ class CrossEntropy(Objective):
             )
         return self._given(z, labels, tuple(z.shape[:-1]))
 
-    def _check_logits(self, model: nn.Module, z: Tensor, size: int, labels: Tensor | None, batch: Any) -> None:
+    def _check_logits(self, model: nn.Module, z: Tensor, size: int, batch: Any) -> None:
         if z.dim() < 2 or z.shape[0] != size:
             raise ValueError(
                 f"model(inputs) must return logits of shape (batch, classes) = ({size}, C), got {tuple(z.shape)}"
@@ -219,17 +230,18 @@ class CrossEntropy(Objective):
                 f"model(inputs) returned logits of shape {tuple(z.shape)}: cross-entropy needs two classes or more, "
                 "over a single one it is constant"
             )
-        if z.dim() != 3 or labels is None:
+        if z.dim() != 3 or keeps_labels(model):
             return
-        if _keeps_labels(model):
-            return
-        names = [base.__name__ for base in type(model).__mro__]
-        call = take_apart(batch)
-        ids = call.kwargs.get("input_ids", call.args[0] if call.args else None)
-        causal = any(name.endswith(_CAUSAL) for name in names)
-        if isinstance(ids, Tensor) and ids.shape == labels.shape:
-            same = (labels == ids)[labels != self.ignore_index]
-            causal = causal or (len(same) >= _TELLING and float(same.float().mean()) >= _ALIKE)
+        args, kwargs, labels = take_apart(batch)
+        causal = any(base.__name__.endswith(_CAUSAL) for base in type(model).__mro__)
+        if labels is not None and not causal:
+            inputs = [kwargs["input_ids"]] if "input_ids" in kwargs else (*args, *kwargs.values())
+            like = [t for t in inputs if isinstance(t, Tensor) and t.shape == labels.shape and t.numel()]
+            # Of 0 and 1 is a mask.
+            tokens = next((t for t in like if not t.is_floating_point() and t.max() > 1), None)
+            if tokens is not None:
+                same = torch.eq(labels, tokens)[labels != self.ignore_index]
+                causal = len(same) >= _TELLING and float(same.float().mean()) >= _ALIKE
         if causal:
             raise ValueError(
                 f"loss='cross_entropy' on a causal language model ({type(model).__name__}) would not shift the labels: "
@@ -238,9 +250,16 @@ class CrossEntropy(Objective):
 
     def _given(self, z: Tensor, labels: Tensor, shape: tuple[int, ...]) -> Target:
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise ValueError(f"labels must be integers (class indices), got {labels.dtype}")
+            hint = "; of one-hot labels they are labels.argmax(-1)" if labels.shape == z.shape else ""
+            raise ValueError(f"labels must be integers (class indices), got {labels.dtype}{hint}")
         if tuple(labels.shape) != shape:
             hint = ""
+            if labels.numel() == math.prod(shape):
+                hint = "; labels.reshape(-1) makes them so" if len(shape) == 1 else "; reshape them"
+            elif labels.dim() == 2 == len(shape) and len(labels) == len(z) and 0 < (n := shape[1] - labels.shape[1]):
+                hint = (
+                    f"; of a model that puts {n} positions first (prompt tuning): logits_transform=lambda z: z[:, {n}:]"
+                )
             if z.dim() > 2 and tuple(labels.shape) == (z.shape[0], *z.shape[2:]):
                 hint = "; classes come last: logits_transform=lambda z: z.movedim(1, -1)"
             kind = "(batch,)" if len(shape) == 1 else "(batch, positions)"
@@ -390,7 +409,7 @@ class CausalLM(CrossEntropy):
         return z[:, :-1]
 
     def target(self, model: nn.Module, z: Tensor, batch: Any) -> Target:
-        if _keeps_labels(model):
+        if keeps_labels(model):
             raise ValueError(
                 f"loss='causal_lm' shifts the labels by one, which {type(model).__name__} does not do: use "
                 "loss='cross_entropy'"
@@ -401,8 +420,20 @@ class CausalLM(CrossEntropy):
         if not isinstance(labels, Tensor):
             raise ValueError("loss='causal_lm' needs labels, or input_ids to take them from")
         if labels.dim() != 2 or labels.shape[1] != z.shape[1] + 1:
+            hint = ""
+            if labels.dim() == 2 and 0 < (more := z.shape[1] + 1 - labels.shape[1]):
+                hint = (
+                    f": of a model that puts {more} positions first (prompt tuning), "
+                    f"logits_transform=lambda z: z[:, {more}:]"
+                )
             raise ValueError(
                 f"labels must have shape (batch, tokens) = ({z.shape[0]}, {z.shape[1] + 1}), got {tuple(labels.shape)}"
+                f"{hint}"
+            )
+        if is_packed(call.kwargs, labels != self.ignore_index):
+            raise ValueError(
+                "position_ids, seq_idx or cu_seq_lens_q say that a row has several documents (packing), whose "
+                "gradients could not be told apart: give each document a row of its own"
             )
         labels = following_labels(labels.to(z.device), call.kwargs.get("attention_mask"), self.ignore_index)
         return self._given(z, labels, tuple(z.shape[:-1]))
@@ -457,7 +488,8 @@ class Gaussian(Objective):
             return Target(None, None, len(z))
         assert labels is not None
         if labels.shape != z.shape:
-            raise ValueError(f"labels must have the outputs' shape {tuple(z.shape)}, got {tuple(labels.shape)}")
+            hint = ": logits_transform=lambda z: z[..., 0]" if z.shape == (*labels.shape, 1) else ""
+            raise ValueError(f"labels must have the outputs' shape {tuple(z.shape)}, got {tuple(labels.shape)}{hint}")
         return Target(labels.to(z.device, torch.promote_types(z.dtype, torch.float32)), None, len(z))
 
     def finite(self, z: Tensor, target: Target) -> bool:
@@ -544,9 +576,14 @@ def make_objective(kind: str, loss: Any, transform: Transform | None, draws: int
                 "weight and pos_weight make no log-likelihood: drop them, or give loss= a callable(model, batch)"
             )
         loss = "binary_cross_entropy"
-    if isinstance(loss, nn.Module) and type(loss).__module__.startswith("torch.nn"):
+    of_torch = (
+        type(loss).__module__.startswith("torch.nn")
+        if isinstance(loss, nn.Module)
+        else (getattr(loss, "__module__", None) == "torch.nn.functional")
+    )
+    if of_torch:
         raise ValueError(
-            f"loss={type(loss).__name__} is a criterion of (output, target): use one of "
+            f"loss={getattr(loss, '__name__', type(loss).__name__)} is a criterion of (output, target): use one of "
             f"{', '.join(map(repr, LOSSES))}, or a callable(model, batch) that returns a loss for each sample"
         )
     if callable(loss):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -135,8 +135,7 @@ class Product(OfVectors):
     left_is_g: bool
 
     def _sides(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.to(g.dtype).reshape(len(x), -1, x.shape[-1])
-        g = g.reshape(len(g), -1, g.shape[-1])
+        x, g = (t.unsqueeze(1) if t.dim() == 2 else t.flatten(1, -2) for t in (x.to(g.dtype), g))
         return (g, x) if self.left_is_g else (x, g)
 
     def add_one_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
@@ -146,7 +145,7 @@ class Product(OfVectors):
     def add_squares_(self, total: Tensor, x: Tensor, g: Tensor) -> None:
         left, right = self._sides(x, g)
         dtype = product_dtype(g)
-        rows = max(1, block_bytes(total.device) // (4 * total.shape[1]))
+        rows = max(1, block_bytes(total.device) // max(1, 4 * total.shape[1]))
         step = max(1, rows // max(1, total.shape[0]))
         for start in range(0, len(g), step):
             part = slice(start, start + step)
@@ -180,6 +179,15 @@ class Broadcast(PerSample, OfVectors):
     channels: bool = False  # dimension 1 is the parameter's only one
     negative: bool = False
     of: Callable[[Tensor], Tensor] | None = None  # from what is kept to x
+
+    def of_rows(self, x: Tensor) -> tuple[Broadcast, Tensor]:
+        """The rule and its x where rows are to be parted into samples, after which the channels come last.
+
+        Only the rows themselves may be normalised: by sample they would be taken for (N, C, ...).
+        """
+        if not self.channels:
+            return self, x
+        return replace(self, channels=False, of=None), x if self.of is None else self.of(x)
 
     def per_sample(self, x: Tensor, g: Tensor) -> Tensor:
         t = -g if self.negative else g

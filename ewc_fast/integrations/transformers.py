@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ewc_fast.budget import EWCBudget
 from ewc_fast.checks import check_count
 from ewc_fast.fisher import estimate_fisher
+from ewc_fast.fisher.batches import is_packed
 from ewc_fast.fisher.objectives import following_labels
 from ewc_fast.integrations import check_budget, install_command
 from ewc_fast.integrations.ranks import check_same_on_all, share_lambda
@@ -649,22 +650,14 @@ def _check_adapters(model: nn.Module) -> None:
 def _check_rows(batch: Mapping[str, Any], samples: int) -> None:
     """Raises where rows are no samples: several of one, or one of several documents, whose gradients could not be told
     apart."""
-    ids, positions, mask = (batch.get(key) for key in ("input_ids", "position_ids", "attention_mask"))
+    ids = batch.get("input_ids")
     if isinstance(ids, Tensor) and ids.dim() == 2 and len(ids) > samples:
         raise ValueError(
             f"the collator makes {len(ids)} rows of {samples} samples (chosen and rejected answers, as DPO's does?): "
             "consolidate with a dataset and a collator that give a row for each, EWCCallback(consolidate=dict("
             "dataset=..., collator=...)), or call ewc.consolidate(...) yourself"
         )
-    packed = samples > 1 and isinstance(ids, Tensor) and ids.dim() > 1 and len(ids) == 1
-    if isinstance(positions, Tensor) and positions.dim() == 2 and len(positions) == 1:
-        row = positions[0]
-        if isinstance(mask, Tensor) and mask.shape == positions.shape:
-            row = row[mask[0].bool()]
-        packed = packed or bool((row.diff() <= 0).any())
-    of, ends = batch.get("seq_idx"), batch.get("cu_seq_lens_q")
-    packed = packed or (isinstance(of, Tensor) and len(of.unique()) > 1)
-    if packed or (isinstance(ends, Tensor) and ends.numel() > 2):
+    if (samples > 1 and isinstance(ids, Tensor) and ids.dim() > 1 and len(ids) == 1) or is_packed(batch):
         raise ValueError(
             "the collator puts several documents into one row (packing or padding_free), where the Fisher needs a row "
             "for each: consolidate with a dataset that is not packed and a collator that pads, EWCCallback("

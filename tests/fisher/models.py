@@ -50,7 +50,7 @@ class Scale(nn.Module):
         self.scale = nn.Parameter(torch.rand(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale.exp()
+        return x * self.scale.chunk(1)[0].exp()
 
 
 class Tied(nn.Module):
@@ -124,15 +124,3 @@ class Unused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x)
-
-
-class Curved(nn.Module):
-    """A parameter that enters through an operation without a rule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(5, NUM_CLASSES)
-        self.scale = nn.Parameter(torch.rand(NUM_CLASSES) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x) * self.scale.exp()

@@ -1,5 +1,6 @@
 """What an estimate leaves alone, what it accepts and records, and what bad input gets."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from ewc_fast.fisher import FisherDiagonal, FisherInfo, estimate_fisher, fallback
-from tests.fisher import models
+from ewc_fast.fisher import FisherDiagonal, FisherEstimator, FisherInfo, estimate_fisher, fallback
+from tests.fisher import brute_force, models
 
 KINDS = ["exact", "sampled", "empirical", "batch"]
 
@@ -78,10 +79,25 @@ def test_model_is_left_as_found_when_the_loader_raises(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:CountsCalls cannot run under torch.vmap")
 @pytest.mark.parametrize("kind", ["exact", "batch"])
 def test_buffers_changed_in_forward_are_restored(kind: str) -> None:
-    model = models.CountsCalls()
+    """Every forward of an estimate, of which there are several for a batch, begins with them as they are."""
+
+    class Grows(models.CountsCalls):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = models.Scale(models.NUM_CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale(super().forward(x) * self.calls)
+
+    model = Grows()
     before = snapshot(model)
-    estimate_fisher(model, [batch()], kind=kind)
+    data = batch(7)
+    fisher = estimate_fisher(model, [data, data], kind=kind)
     assert_untouched(model, before)
+    rows = [tuple(t[i : i + 1] for t in data) for i in range(7)]
+    if kind == "exact":
+        for name, expected in estimate_fisher(model, rows, kind=kind).items():
+            torch.testing.assert_close(fisher[name], expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
@@ -179,27 +195,88 @@ def test_info_survives_json() -> None:
             FisherInfo.from_dict(wrong)
 
 
-def test_a_model_that_takes_whole_batches_only_is_said_once() -> None:
+def test_a_model_that_takes_whole_batches_only() -> None:
     class Whole(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = models.mlp()
 
         def forward(self, x: Tensor) -> Tensor:
-            if x.shape[0] not in (1, 6):  # under vmap one at a time
+            if x.shape[0] != 6:
                 raise ValueError(f"six samples, not {x.shape[0]}")
             return self.inner(x)
 
     model = Whole()
     batches = [batch(6) for _ in range(3)]
-    with pytest.warns(
-        UserWarning, match=r"Whole cannot run on a few samples of a batch \(six samples, not 4\)"
-    ) as said:
-        fisher = estimate_fisher(model, batches, kind="empirical")
-    assert len(said) == 1 and fisher.info is not None and fisher.info.method == "vmap"
+    fisher = estimate_fisher(model, batches, kind="empirical")
+    assert fisher.info is not None and fisher.info.method == "hooks"
     expected = estimate_fisher(model.inner, batches, kind="empirical")
     for name, values in expected.items():
         torch.testing.assert_close(fisher[f"inner.{name}"], values, rtol=1e-5, atol=1e-8)
+
+
+def test_a_model_that_cannot_be_watched_is_said_once() -> None:
+    class Shy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(6, models.NUM_CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            if "Tap" in type(hidden.grad_fn).__name__:
+                raise RuntimeError("strangers")
+            return self.last(hidden.tanh())
+
+    model, batches = Shy(), [batch(6) for _ in range(3)]
+    with pytest.warns(UserWarning, match=r"Shy cannot run in sight of the layers' rules \(strangers\)") as said:
+        fisher = estimate_fisher(model, batches, kind="empirical")
+    assert len(said) == 1 and fisher.info is not None and fisher.info.method == "vmap"
+    brute_force.assert_fisher(fisher, brute_force.fisher(model, batches))
+
+
+def test_a_compiled_forward_is_not_compiled_anew() -> None:
+    """What watches a model would be compiled with it, function by function."""
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    plain = models.mlp()
+    inner, whole, forward = (copy.deepcopy(plain) for _ in range(3))
+    inner[0].compile(backend=backend)
+    whole.compile(backend=backend)
+    forward.forward = torch.compile(forward.forward, backend=backend)
+    batches = [batch(6) for _ in range(3)]
+    expected = brute_force.fisher(plain, batches)
+    for model in (inner, whole, forward):
+        model(batches[0][0]).sum().backward()
+        model.zero_grad()
+        before = len(graphs)
+        fisher = estimate_fisher(model, batches, kind="empirical")
+        assert fisher.info is not None and fisher.info.method == "hooks"
+        brute_force.assert_fisher(fisher, expected)
+        model(batches[0][0])
+        assert len(graphs) == before
+    assert graphs
+
+
+def test_an_estimators_update_leaves_the_global_state_with_a_generator() -> None:
+    """Also where the model draws random numbers itself; other ones in each batch."""
+    drawn = []
+
+    class Noisy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            drawn.append(torch.randn(len(x)))
+            return super().forward(x + drawn[-1][:, None])
+
+    state = torch.get_rng_state()
+    estimator = FisherEstimator(Noisy(5, 3), "empirical", generator=torch.Generator())
+    for data in [batch(1), batch(1)]:
+        torch.set_rng_state(state)
+        estimator.update((data[0], data[1] % 3))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(*drawn)
 
 
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,6 +324,10 @@ class Constant(nn.Module):
         ({"loss": "causal_lm"}, ValueError, "batch 0: loss='causal_lm' needs logits"),
         ({"loss": lambda model, batch: None}, ValueError, "kind='sampled' is unknown to a callable loss"),
         ({"loss": nn.MSELoss()}, ValueError, "loss=MSELoss is a criterion of"),
+        ({"loss": nn.functional.mse_loss, "kind": "empirical"}, ValueError, "loss=mse_loss is a criterion of"),
+        ({"loss": nn.functional.cross_entropy}, ValueError, "loss=cross_entropy is a criterion of"),
+        ({"model": nn.Linear(5, 4, dtype=torch.complex64)}, TypeError, "weight has dtype torch.complex64.*freeze it"),
+        ({"loader": [{"input_ids": [[1, 2], [3, 4]]}]}, TypeError, "batch 0: .*return_tensors='pt'"),
         ({"num_samples": 0}, ValueError, "num_samples must be a positive integer or None, got 0"),
         ({"num_samples": 2.5}, ValueError, "num_samples must be a positive integer"),
         ({"num_samples": True}, ValueError, "num_samples must be a positive integer"),
@@ -277,9 +358,13 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
     [
         (torch.tensor([0, 4]), "batch 1: label 4 is out of range: the model's logits have 4 classes"),
         (torch.tensor([-1, 0]), "batch 1: label -1 is out of range"),
-        (torch.tensor([0.0, 1.0]), "batch 1: labels must be integers.*float32"),
+        (torch.tensor([0.0, 1.0]), "batch 1: labels must be integers.*float32$"),
+        (torch.eye(4)[:2], r"batch 1: labels must be integers.*labels.argmax\(-1\)"),
         (torch.tensor([True, False]), "batch 1: labels must be integers.*bool"),
-        (torch.tensor([[0], [1]]), r"batch 1: labels must have shape \(batch,\) = \(2,\), got \(2, 1\)"),
+        (
+            torch.tensor([[0], [1]]),
+            r"batch 1: labels must have shape \(batch,\) = \(2,\), got \(2, 1\); labels.reshape\(-1\)",
+        ),
         (torch.tensor([0, 1, 2]), r"batch 1: labels must have shape \(batch,\) = \(2,\), got \(3,\)"),
         (torch.tensor(0), r"batch 1: labels must have shape \(batch,\) = \(2,\), got \(\)"),
     ],
@@ -377,8 +462,58 @@ def test_error_of_the_model_itself_is_raised() -> None:
     good = torch.zeros(2, next(m for m in model.modules() if isinstance(m, nn.Linear)).in_features)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         estimate_fisher(model, [good, torch.zeros(2, 6)])
-    if hasattr(caught.value, "add_note"):
-        assert caught.value.__notes__ == ["in batch 1 of the loader"]
+    with pytest.raises(AssertionError, match="two") as other:
+        estimate_fisher(AtLeastTwo(), [(torch.zeros(n, 5), torch.zeros(n).long()) for n in (2, 1)], kind="empirical")
+    for error in (caught.value, other.value):
+        note = error.__notes__ if hasattr(error, "add_note") else [str(error).rpartition("(")[2].rstrip(")")]
+        assert note == ["in batch 1 of the loader"]
+
+
+class AtLeastTwo(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x) > 1, "two samples or more"
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("core", [nn.LSTM(5, 5, batch_first=True), nn.MultiheadAttention(5, 1, batch_first=True)])
+def test_a_layer_with_several_outputs_is_named(core: nn.Module) -> None:
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.core, self.last = nn.Linear(5, 5), core, nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last((self.core(h) if isinstance(core, nn.LSTM) else self.core(h, h, h))[0].mean(1))
+
+    model = Sequence()
+    with torch.no_grad():
+        next(core.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match=rf"batch 0: .*it begins in core, {type(core).__name__}\)"):
+        estimate_fisher(model, [(torch.randn(2, 4, 5), torch.tensor([0, 1]))], kind="empirical")
+
+
+def test_of_several_gradients_that_are_not_finite_the_last_is_named() -> None:
+    """It is where they begin: those of all layers before follow from it."""
+
+    class Root(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 5, bias=False), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last((h - h).sqrt())
+
+    with pytest.raises(ValueError, match=r"squared gradient of parameter 'first\.weight'"):
+        estimate_fisher(Root(), [(torch.randn(2, 5), torch.tensor([0, 1]))], kind="empirical")
+    model = nn.Sequential(Root(), Root())
+    model[0].last = nn.Linear(5, 5)
+    with pytest.raises(ValueError, match=r"squared gradient of parameter '1\.first\.weight'"):
+        estimate_fisher(model, [(torch.randn(2, 5), torch.tensor([0, 1]))], kind="empirical")
 
 
 def test_out_of_memory_is_not_taken_for_a_model_that_cannot_be_vectorised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +522,7 @@ def test_out_of_memory_is_not_taken_for_a_model_that_cannot_be_vectorised(monkey
 
     monkeypatch.setattr(fallback, "vmap", fail)
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
-        estimate_fisher(models.Curved(), [batch()])
+        estimate_fisher(nn.Sequential(models.mlp(), models.Scale(models.NUM_CLASSES)), [batch()])
 
 
 def test_attention_is_covered_without_a_warning() -> None:

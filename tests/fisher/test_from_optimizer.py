@@ -519,11 +519,19 @@ def test_malformed_sources(tmp_path: Path) -> None:
         fisher_from_optimizer(3, TERMS, model)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'state' and 'param_groups'.*'weight'"):
         fisher_from_optimizer(model.state_dict(), TERMS, model)
+    with pytest.raises(ValueError, match="'state' and 'param_groups'"):
+        fisher_from_optimizer({"state": {}, "param_groups": [{}]}, TERMS, model)
     with pytest.raises(FileNotFoundError, match="optimizer.pt"):
         fisher_from_optimizer(tmp_path, TERMS, model)
     with pytest.raises(FileNotFoundError):
         fisher_from_optimizer(tmp_path / "missing.pt", TERMS, model)
-    for name, content in (("empty.pt", b""), ("text.pt", b"no optimizer"), ("zip.pt", b"PK\x03\x04")):
+    for name, content in (
+        ("empty.pt", b""),
+        ("text.pt", b"no optimizer"),
+        ("letters.pt", b"abc"),
+        ("line.pt", b"hello world\n"),
+        ("zip.pt", b"PK\x03\x04"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
             fisher_from_optimizer(tmp_path / name, TERMS, model)

@@ -331,6 +331,25 @@ def test_scaled_gradients_of_a_fused_optimizer(kind: str) -> None:
     assert_close(path.result(), expected, rtol=1e-3, atol=1e-5 * max(e.max() for e in expected.values()))
 
 
+def test_a_step_that_raised_is_not_taken_for_one_that_overflowed() -> None:
+    model = net(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
+    path = watch(model, optimizer, "si")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("not this one")
+
+    regression(model, torch.float32)().backward()
+    hook = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="not this one"):
+        optimizer.step()
+    hook.remove()
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.ones(())
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="no step since the path began"):
+        path.result()
+
+
 @pytest.mark.parametrize("kind", ["si", "rwalk"])
 def test_reset_begins_a_new_path(kind: str) -> None:
     model = net()
@@ -498,7 +517,7 @@ def test_mas_is_the_papers(name: str, dtype: torch.dtype) -> None:
 def test_mas_in_chunks_and_of_a_wrapped_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = zoo.mlp().double(), torch.randn(7, 5).double()
     weights = sum(p.numel() for p in model.parameters())
-    monkeypatch.setattr("ewc_fast.fisher.importances._CHUNK_BYTES", 3 * 8 * weights)
+    monkeypatch.setattr("ewc_fast.fisher.fallback._CHUNK_BYTES", {"cpu": 3 * 8 * weights})
     found = mas_importance(nn.DataParallel(model), [inputs])
     for name, expected in mas_of(model, singles(inputs)).items():
         torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-12)
@@ -606,7 +625,7 @@ def test_mas_leaves_the_model_as_it_was(fails: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if fails:
-            with pytest.raises(ValueError, match="batch 1: the importance of .* is not finite"):
+            with pytest.raises(ValueError, match=r"batch 1: the output is not finite \(it begins in 0.head, Linear\)"):
                 mas_importance(model, batches)
         else:
             mas_importance(model, batches)
@@ -616,6 +635,68 @@ def test_mas_leaves_the_model_as_it_was(fails: bool) -> None:
         assert torch.equal(value, kept), name
     assert all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+
+
+class ByLanguage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.en, self.de = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, language: list[str]) -> Tensor:
+        assert len(language) == len(x)
+        return torch.stack([getattr(self, of)(row) for of, row in zip(language, x, strict=True)])
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap")
+def test_mas_of_a_string_for_each_sample() -> None:
+    model, x, languages = ByLanguage().double(), torch.randn(4, 5).double(), ["en", "de", "de", "en"]
+    found = mas_importance(model, [{"x": x, "language": languages}])
+    samples = [((), {"x": row[None], "language": [of]}) for row, of in zip(x, languages, strict=True)]
+    for name, expected in mas_of(model, samples).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap")
+def test_mas_of_a_buffer_that_changes() -> None:
+    class Grows(zoo.CountsCalls):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.calls
+
+    model, x = Grows().double(), torch.randn(4, 5).double()
+    found = mas_importance(model, [x])
+    assert model.calls == 0
+    for name, expected in mas_of(model.head, singles(x)).items():
+        torch.testing.assert_close(found[f"head.{name}"], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_mas_in_batches_of_one_and_of_none() -> None:
+    model, x = zoo.mlp().double(), torch.randn(4, 5).double()
+    found = mas_importance(model, [x[:1], x[1:1], x[1:2], x[2:]])
+    assert found.info is not None and (found.info.num_samples, found.info.batch_size) == (4, 2)
+    for name, expected in mas_of(model, singles(x)).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_mas_of_a_parameter_in_a_list_is_refused(size: int) -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 5), nn.Linear(5, 3)
+            self.weights = [self.first.weight]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((x @ self.weights[0].t()).tanh())
+
+    with pytest.raises(ValueError, match=r"batch 0: first\.weight is used through a reference"):
+        mas_importance(Listed(), [torch.randn(size, 5)])
+
+
+def test_importances_made_in_inference_mode_can_be_changed() -> None:
+    model = zoo.mlp()
+    with torch.inference_mode():
+        found = uniform_importance(model)
+    assert not any(tensor.is_inference() for tensor in found.values())
 
 
 def test_mas_under_no_grad_and_inference_mode() -> None:

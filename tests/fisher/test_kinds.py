@@ -391,6 +391,28 @@ def test_out_is_written_to() -> None:
     assert_fisher({name: f / 9 for name, f in out.items()}, brute_force.fisher(model, batches))
 
 
+def test_out_that_does_not_fit() -> None:
+    """Nothing is written then, to the model's parameters least of all."""
+    model = nn.Linear(3, 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fits = {name: torch.ones_like(p) for name, p in before.items()}
+    shared = torch.ones(6)
+    with torch.inference_mode():
+        made_there = torch.ones(2)
+    for wrong, message in (
+        ({"bias": torch.ones(2).double()}, "must be a torch.float32 tensor"),
+        ({"bias": torch.ones(1).expand(2)}, "each element with a place of its own"),
+        ({"bias": made_there}, "inference_mode"),
+        ({"weight": model.weight.detach()}, "is in the memory of parameter 'weight'"),
+        ({"weight": shared.view(2, 3), "bias": shared[:2]}, r"^out\['bias'\] is in the memory of out\['weight'\]"),
+        ({"weight": shared.view(2, 3), "bias": shared[3:5]}, r"^out\['bias'\] is in the memory of out\['weight'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FisherEstimator(model, "empirical", out={**fits, **wrong})
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(bool((t == 1).all()) for t in (*fits.values(), shared))
+
+
 # ---- what is left as it was ----
 
 

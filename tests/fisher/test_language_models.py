@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ewc_fast import EWCLoss, ForgettingProbe
+from ewc_fast import EWCLoss, ForgettingProbe, sample_sequences
 from ewc_fast.fisher import FisherEstimator, estimate_fisher
 from tests.fisher import brute_force
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
@@ -326,9 +326,7 @@ def test_resumed_estimate_is_the_same_bit_for_bit() -> None:
 
 # ---- encoders and decoders ----
 
-sequence_to_sequence = pytest.mark.parametrize(
-    ("make", "tolerance"), [(t5, MIXED), (bart, None)], ids=["t5", "bart"]
-)
+sequence_to_sequence = pytest.mark.parametrize(("make", "tolerance"), [(t5, MIXED), (bart, None)], ids=["t5", "bart"])
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -397,8 +395,80 @@ def test_an_encoder_decoder_is_not_causal(make: Callable[[], nn.Module]) -> None
     batch = {"input_ids": tokens, "labels": tokens.clone()}
     with pytest.raises(ValueError, match=f"loss='causal_lm' shifts the labels by one, which {type(model).__name__}"):
         estimate_fisher(model, [batch], loss="causal_lm")
-    with pytest.raises(ValueError, match="the model is an encoder-decoder"):
-        ForgettingProbe(model, {"input_ids": tokens, "decoder_input_ids": tokens})
+    for samples in ({"input_ids": tokens, "decoder_input_ids": tokens}, tokens):
+        with pytest.raises(
+            ValueError, match=f"causal language model.*and {type(model).__name__} is an encoder-decoder"
+        ):
+            ForgettingProbe(model, samples)
+    with pytest.raises(ValueError, match="causal language model"):
+        sample_sequences(model, 2, 4)
+
+
+def test_what_gives_each_token_a_label_of_its_own_is_not_causal() -> None:
+    model, tokens = bert(), ids(3)
+    for samples in (tokens, {"input_ids": tokens, "labels": tokens % 3}):
+        with pytest.raises(ValueError, match="a probe takes a causal.*BertForTokenClassification .*label of its own"):
+            ForgettingProbe(model, samples)
+    with pytest.raises(ValueError, match="sample_sequences takes a causal language model, and BertForToken"):
+        sample_sequences(model, 2, 4)
+
+
+def packed(*lengths: int) -> dict[str, Tensor]:
+    """A row of documents, as transformers' DataCollatorWithFlattening makes it."""
+    documents = [torch.randint(1, VOCABULARY, (length,)) for length in lengths]
+    labels = torch.cat([torch.cat([torch.tensor([-100]), d[1:]]) for d in documents])
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return {"input_ids": torch.cat(documents)[None], "labels": labels[None], "position_ids": positions[None]}
+
+
+@pytest.mark.parametrize("kind", ["empirical", "sampled", "batch"])
+def test_packed_rows_are_refused(kind: str) -> None:
+    """The gradients of a row's documents cannot be told apart."""
+    model = llama()
+    one, two = packed(6), packed(3, 4)
+    del two["position_ids"]
+    for batch in (
+        packed(3, 4),
+        {key: torch.cat([a, b]) for (key, a), b in zip(packed(8).items(), packed(5, 3).values(), strict=True)},
+        {**one, "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])},
+        {**one, "cu_seq_lens_q": torch.tensor([0, 3, 6])},
+    ):
+        with pytest.raises(ValueError, match="batch 0: .*several documents .*a row of its own"):
+            estimate_fisher(Ignoring(model), [batch], kind, "causal_lm")
+    # Padding, whatever its positions.
+    left = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]]), "position_ids": torch.tensor([[1, 1, 0, 1, 2, 3]])}
+    right = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 0]]), "labels": torch.tensor([[1, 2, 3, 4, -100, -100]])}
+    for more in ({}, left, right, {"cu_seq_lens_q": torch.tensor([0, 6])}, {"seq_idx": torch.zeros(1, 6).long()}):
+        estimate_fisher(Ignoring(model), [{**one, **more}], kind, "causal_lm")
+
+
+class Ignoring(nn.Module):
+    """A model that is given more than it takes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, seq_idx: Any = None, cu_seq_lens_q: Any = None, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+
+def test_positions_before_the_tokens() -> None:
+    """As prompt tuning puts them."""
+
+    class Prompted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = llama()
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            prompt = input_ids.new_ones(len(input_ids), 3)
+            return self.model(torch.cat([prompt, input_ids], 1)).logits
+
+    model, tokens = Prompted(), ids(2)
+    with pytest.raises(ValueError, match=r"prompt tuning\), logits_transform=lambda z: z\[:, 3:\]"):
+        estimate_fisher(model, [{"input_ids": tokens}], "empirical", "causal_lm")
+    estimate_fisher(model, [{"input_ids": tokens}], "empirical", "causal_lm", logits_transform=lambda z: z[:, 3:])
 
 
 def test_an_encoder_decoder_may_be_a_classifier() -> None:

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from ewc_fast.fisher import estimate_fisher, rules
+from ewc_fast.fisher import FisherEstimator, estimate_fisher, rules
+from ewc_fast.fisher.capture import UNCOVERED
 from tests.fisher import brute_force, models
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
 
@@ -456,6 +458,13 @@ SHARED = {
 }
 
 
+def flattened_norm(time_first: bool, m: Any, x: Tensor) -> Tensor:
+    """Channels last in a layer of three dimensions, then of rows, whose normalisation takes dimension 1 for them."""
+    h = m.layer(x.transpose(0, 1) if time_first else x)
+    h = m.norm(h.flatten(0, 1)).view_as(h)
+    return h.transpose(0, 1) if time_first else h
+
+
 def no_grad(module: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         return module(x)
@@ -470,6 +479,20 @@ def row_cases(t: int) -> dict[str, Case]:
         "flattened_norm": case(
             lambda m, x: m.layer(x.flatten(0, 1)).view(len(x), -1), normal(t, 5), layer=lambda: nn.LayerNorm(5)
         ),
+        **{
+            f"flattened_{name}{'_time_first' * first}": case(
+                partial(flattened_norm, first),
+                normal(t, 3),
+                layer=lambda width=width: nn.Linear(3, width),
+                norm=lambda make=make, width=width: make(width),
+            )
+            for width in (t, 6)
+            for first in (False, True)
+            for name, make in (
+                (f"batch_norm_{width}", lambda width: with_statistics(nn.BatchNorm1d(width), width)),
+                (f"group_norm_{width}", lambda width: nn.GroupNorm(1, width)),
+            )
+        },
         "flattened_time_first": case(
             lambda m, x: m.layer(x.transpose(0, 1).flatten(0, 1)).view(x.shape[1], len(x), -1).transpose(0, 1),
             normal(t, 5),
@@ -806,3 +829,48 @@ def test_scripted_submodule(kind: str) -> None:
         model = nn.Sequential(plain[0], torch.jit.script(inner), plain[2])
     batches = [(torch.randn(n, 5, dtype=torch.float64), torch.randint(CLASSES, (n,))) for n in (4, 1)]
     assert_fisher(estimate_fisher(model, batches, kind=kind), brute_force.fisher(plain, batches, kind))
+
+
+MADE: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]]] = {
+    "one_plus": ((6,), lambda h, w: h * (1 + w.to(h.dtype))),
+    "negative": ((6,), lambda h, w: h + (-w)),
+    "exp": ((), lambda h, w: h * w.exp()),
+    "softplus": ((6,), lambda h, w: h * F.softplus(w)),
+    "flattened": ((1, 6), lambda h, w: h * w.flatten()),
+    "softmax": ((6,), lambda h, w: h * w.softmax(0)),
+    "a_row": ((7, 6), lambda h, w: h + w[2] * w[3]),
+    "the_sum": ((4, 3), lambda h, w: h * w.sum().tanh()),
+    "view": ((6,), lambda h, w: h * w.view(*[1] * (h.dim() - 1), -1)),
+    "twice": ((6,), lambda h, w: (h * w.exp()).tanh() * (1 + w)),
+    "made_and_plain": ((6,), lambda h, w: (h * w.exp()).tanh() - w),
+    "norm_weight": ((6,), lambda h, w: F.layer_norm(h, (6,), 1 + w, -w)),
+    "bias": ((6,), lambda h, w: F.linear(h, torch.ones(6, 6, dtype=h.dtype), w * 2)),
+}
+
+
+@pytest.mark.parametrize("kind", ["empirical", "exact"])
+@pytest.mark.parametrize("inputs", [normal(5), normal(3, 5), normal(4, 5)], ids=["vectors", "three", "four"])
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_made_of_a_parameter_alone(name: str, inputs: Inputs, kind: str) -> None:
+    """Broadcast it is seen in the parameter's place; against the brute force, and without a loop or vmap."""
+    shape, use = MADE[name]
+    function = lambda m, x: use(torch.tanh(m.layer(x)), m.w0)  # noqa: E731
+    model = Readout(Function(function, shape, layer=nn.Linear(5, 6)), inputs).double()
+    batches = [(inputs(n).double(), torch.randint(CLASSES, (n,))) for n in (5, 4, 1)]
+    fisher = estimate_fisher(model, batches, kind=kind)
+    assert fisher.info.method == "hooks"
+    assert_fisher(fisher, brute_force.fisher(model, batches, kind))
+
+
+@pytest.mark.parametrize(
+    "use", [torch.maximum, lambda w, x: F.linear(x, w.diag() * 2), lambda w, x: torch.maximum(w.exp(), x)]
+)
+def test_what_is_made_of_a_parameter_and_the_inputs(use: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """The samples are no longer alike: the parameter is taken without a rule, the layers after it by theirs."""
+    model = Function(lambda m, x: m.layer(use(m.w0, x).tanh()), (5,), layer=nn.Linear(5, CLASSES)).double()
+    batches = [(torch.randn(n, 5).double(), torch.randint(CLASSES, (n,))) for n in (5, 3)]
+    estimator = FisherEstimator(model, "empirical")
+    for batch in batches:
+        estimator.update(batch)
+    assert_fisher(estimator.result(), brute_force.fisher(model, batches))
+    assert estimator._status == {"w0": UNCOVERED, "layer.weight": "rows", "layer.bias": "rows"}

@@ -105,6 +105,12 @@ CASES = {
         "cross_entropy",
         ("empirical", "reversed", "batch"),
     ),
+    "labels_ignored_by_index": Case(
+        outputs(4),
+        vectors(lambda n: torch.tensor([2, 1, 1, 3])[:n]),
+        nn.CrossEntropyLoss(ignore_index=1),
+        ("empirical", "reversed", "batch"),
+    ),
     "tokens": Case(Tagger, tags, "cross_entropy", ALL, "label"),
     "tokens_and_mask": Case(Tagger, tags_and_mask, "cross_entropy", ("empirical", "sampled"), "label"),
     "tokens_ignored_by_index": Case(
@@ -253,6 +259,11 @@ REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
         binary_batch(torch.ones(2)),
         r"batch 0: .*shape \(2, 4\), got \(2,\)",
     ),
+    "gaussian_column": (
+        {"loss": "gaussian", "logits_transform": lambda z: z[:, :1]},
+        binary_batch(torch.ones(2)),
+        r"batch 0: .*shape \(2, 1\), got \(2,\): logits_transform=lambda z: z\[..., 0\]",
+    ),
     "gaussian_shape": ({"loss": "gaussian"}, binary_batch(torch.ones(2)), r"batch 0: .*shape \(2, 4\), got \(2,\)"),
     "mean_loss": (
         {"loss": lambda m, b: F.cross_entropy(m(b[0]), b[1])},
@@ -276,6 +287,25 @@ def test_refused(name: str) -> None:
         batch = (torch.randn(2, 5), torch.randint(4, (2,)))
     with pytest.raises(ValueError, match=message):
         estimate_fisher(models.mlp(), [batch], **{"kind": "empirical", **arguments})
+
+
+@pytest.mark.parametrize("kind", ["exact", "predicted", "sampled"])
+def test_an_index_to_ignore_is_not_looked_past(kind: str) -> None:
+    """With -100, torch's own, whatever stands for a missing label may be there."""
+    model, x, y = models.mlp().double(), torch.randn(6, 5).double(), torch.tensor([1, 0, 1, 3, 2, 1])
+    loss = nn.CrossEntropyLoss(ignore_index=1)
+
+    def estimate(x: Tensor, y: Tensor | None, loss: Any) -> Any:
+        batch = x if y is None else (x, y)
+        return estimate_fisher(model, [batch], kind, loss, generator=torch.Generator().manual_seed(1))
+
+    found = estimate(x, y, loss)
+    assert found.info.num_terms == 3 and found.info.num_samples == 6
+    assert_fisher(found, {name: f.double() for name, f in estimate(x[y != 1], None, "cross_entropy").items()})
+    assert estimate(x, None, loss).info.num_terms == 6
+    assert estimate(x, torch.full_like(y, -100), "cross_entropy").info.num_terms == 6
+    with pytest.raises(ValueError, match="batch 0: no label counts"):
+        estimate(x, torch.ones_like(y), loss)
 
 
 @pytest.mark.parametrize("kind", ["sampled", "exact"])
@@ -429,7 +459,24 @@ def test_only_labels_that_would_have_to_be_shifted_are_refused() -> None:
     for labels in (ids, almost):
         with pytest.raises(ValueError, match="causal_lm"):
             estimate_fisher(plain, [(ids, labels)], "empirical")
+        with pytest.raises(ValueError, match="causal_lm"):
+            estimate_fisher(Named(), [{"words": ids, "labels": labels}], "empirical")
     estimate_fisher(plain, [(ids, ids.flip(0, 1))], "empirical")
+    mask = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    for labels in mask.values():  # which are as tags may be
+        estimate_fisher(Named(), [{**mask, "words": ids, "labels": labels}], "empirical")
+    for kind in ("empirical", "sampled"):  # nor are labels missing
+        with pytest.raises(ValueError, match="use loss='causal_lm'"):
+            estimate_fisher(causal, [{k: v for k, v in tags(4).items() if k != "labels"}], kind)
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Embedding(6, 5), nn.Linear(5, 6))
+
+    def forward(self, words: Tensor, **_: Any) -> Tensor:
+        return self.layers(words)
 
 
 # ---- drawing from a vocabulary ----

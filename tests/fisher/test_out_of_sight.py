@@ -13,6 +13,7 @@ from ewc_fast import EWCLoss
 from ewc_fast.fisher import FisherEstimator, estimate_fisher
 from tests.fisher import brute_force
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
+from tests.fisher.models import Scale
 from tests.fisher.resuming import assert_resumes
 
 CLASSES = 3
@@ -71,6 +72,101 @@ def test_a_gradient_inside_the_model(kind: str) -> None:
     model = Forces()
     batches = [(torch.randn(n, 6), torch.randint(CLASSES, (n,))) for n in (7, 5, 6)]
     assert_fisher(estimate_fisher(model, batches, kind=kind), brute_force.fisher(model, batches, kind))
+
+
+class LaterForces(nn.Module):
+    """In some batches only."""
+
+    def __init__(self, create_graph: bool) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.head, self.create_graph = nn.Linear(6, CLASSES), create_graph
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0, 0] < 5:
+            return self.head(x * self.energy(x))
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            force = torch.autograd.grad(self.energy(x).sum(), x, create_graph=self.create_graph)[0]
+        return self.head(force * self.energy(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap:UserWarning")
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_a_gradient_inside_the_model_from_a_later_batch_on(kind: str, create_graph: bool) -> None:
+    model = LaterForces(create_graph)
+    batches = [(torch.randn(n, 6), torch.randint(CLASSES, (n,))) for n in (7, 6, 6, 5)]
+    for x, _ in batches[2:]:
+        x[:, 0] = 9
+    found = estimate_fisher(model, batches, kind=kind)
+    assert not any(f.requires_grad for f in found.values())
+    assert_fisher(found, brute_force.fisher(model, batches, kind))
+
+
+class ComputedBias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.bias = nn.Linear(6, CLASSES, bias=False), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.main.weight, self.bias(x).tanh())
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_a_bias_that_is_computed(kind: str) -> None:
+    model = ComputedBias()
+    batches = [(torch.randn(7, 6), torch.randint(CLASSES, (7,))) for _ in range(3)]
+    assert_fisher(estimate_fisher(model, batches, kind=kind), brute_force.fisher(model, batches, kind))
+
+
+class TwoLayouts(nn.Module):
+    """One layer on flattened rows, first those of the steps, then those of the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).transpose(0, 1)
+        h = torch.tanh(self.twice(h.flatten(0, 1))).view_as(h).transpose(0, 1)
+        return self.head(torch.tanh(self.twice(h.flatten(0, 1))).view_as(h)[:, 0])
+
+
+@pytest.mark.parametrize("length", [4, 5, 16, 17])
+def test_a_layer_that_is_used_in_two_layouts(length: int) -> None:
+    """With 5 and 17 positions one use alone fits both, for its gradients are zero but at the first position."""
+    model, batches = TwoLayouts(), [(torch.randn(n, length, 3), torch.randint(CLASSES, (n,))) for n in (7, 4)]
+    assert_fisher(estimate_fisher(model, batches, kind="empirical"), brute_force.fisher(model, batches))
+
+
+class Masked(nn.Module):
+    """Attention with a mask that belongs to all samples, given with them."""
+
+    def __init__(self, uncovered: bool) -> None:
+        super().__init__()
+        self.query, self.key, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, CLASSES)
+        self.scale = Scale(CLASSES) if uncovered else nn.Identity()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        weights = (self.query(x) @ self.key(x).transpose(1, 2) + mask).softmax(-1)
+        return self.scale(self.head((weights @ x).mean(1)))
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+@pytest.mark.parametrize("length", [4, 8, 9])
+def test_a_tensor_of_all_samples_that_is_as_long_as_the_batch(length: int, kind: str) -> None:
+    mask = torch.full((length, length), -1e9).triu(1)
+    data, labels = torch.randn(length, length, 5), torch.randint(CLASSES, (length,))
+    model, uncovered = Masked(False), Masked(True)
+    batches = [((data, mask), labels), ((data[:3], mask), labels[:3])]
+    found = estimate_fisher(model, batches, kind=kind)
+    assert found.info.method == "hooks"
+    ones = [((data[i : i + 1], mask), labels[i : i + 1]) for i in (*range(length), 0, 1, 2)]
+    assert_fisher(found, doubled(estimate_fisher(model, ones, kind=kind)), floor=1024)
+    with pytest.warns(UserWarning, match="Masked gives another output for a sample alone") as said:
+        estimate_fisher(uncovered, batches, kind=kind)
+    assert len(said) == 1
 
 
 class Languages(nn.Module):
@@ -146,9 +242,14 @@ def test_two_threads_on_one_model() -> None:
     batches = [torch.randn(7, 6) for _ in range(20)]
     expected = estimate_fisher(model, batches, kind="exact")
     before, fastpath = list(model.parameters()), torch.backends.mha.get_fastpath_enabled()
+    model.train()
+    state = torch.get_rng_state()
     found: list[Any] = []
     threads = [
-        threading.Thread(target=lambda: found.append(estimate_fisher(model, batches, kind="exact"))) for _ in range(3)
+        threading.Thread(
+            target=lambda: found.append(estimate_fisher(model, batches, "exact", generator=torch.Generator()))
+        )
+        for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -156,6 +257,8 @@ def test_two_threads_on_one_model() -> None:
         thread.join()
     assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
     assert torch.backends.mha.get_fastpath_enabled() == fastpath
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
     assert len(found) == len(threads)
     for fisher in found:
         assert_fisher(fisher, doubled(expected))
