@@ -17,7 +17,7 @@ from tests.fisher.resuming import assert_resumes
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY, LENGTH, WIDTH = 11, 5, 8
-MIXED = 1e-5  # of a T5 in fp64, which still normalises in fp32
+MIXED = 1e-5  # of models in fp64 that still normalise in fp32
 KINDS = ["sampled", "empirical", "predicted", "reversed", "batch"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap:UserWarning")
@@ -173,6 +173,36 @@ def test_llama(kind: str, batch: str) -> None:
     info = compare(llama(), batches, kind).info
     assert (info.loss, info.unit, info.num_samples) == ("causal_lm", "token", 8)
     assert info.num_terms == sum(map(counted, batches))
+
+
+def gemma() -> nn.Module:
+    """Its norms multiply by ``1 + weight``."""
+    config = transformers.GemmaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        pad_token_id=0,
+    )
+    return shaken(transformers.GemmaForCausalLM(config))
+
+
+def ia3() -> nn.Module:
+    """Scales of shape (1, width) and (width, 1), flattened at each use; the rest is frozen."""
+    peft = pytest.importorskip("peft")
+    config = peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    )
+    return shaken(peft.get_peft_model(llama(), config))
+
+
+@pytest.mark.parametrize("make", [gemma, ia3])
+@pytest.mark.parametrize("kind", ["empirical", "sampled"])
+def test_what_norms_and_adapters_make_of_their_parameters_has_rules(kind: str, make: Callable[[], nn.Module]) -> None:
+    assert compare(make().double(), [padded(size) for size in (4, 3, 1)], kind, tolerance=MIXED).info.method == "hooks"
 
 
 # Not the Llama: in fp64 it still normalises in fp32.
