@@ -135,7 +135,7 @@ def is_packed(inputs: Mapping[str, Any], counted: Tensor | None = None) -> bool:
 
     Args:
         inputs: The model's keyword arguments.
-        counted: (B, T) bool, the tokens whose labels count; positions that begin anew after the last are padding.
+        counted: (B, T) bool, the tokens whose labels count; before the first and after the last is padding.
     """
     positions, mask, of, ends = (inputs.get(k) for k in ("position_ids", "attention_mask", "seq_idx", "cu_seq_lens_q"))
     if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1:
@@ -143,12 +143,13 @@ def is_packed(inputs: Mapping[str, Any], counted: Tensor | None = None) -> bool:
         if isinstance(mask, Tensor) and mask.shape == positions.shape:
             anew = anew & (mask[:, :-1] != 0) & (mask[:, 1:] != 0)
         if counted is not None and counted.shape == positions.shape:
-            anew = anew & counted.flip(1).cumsum(1).flip(1).to(anew.device)[:, 1:].bool()
+            counted = counted.to(anew.device)
+            anew = anew & counted.flip(1).cumsum(1).flip(1)[:, 1:].bool() & counted.cumsum(1)[:, :-1].bool()
         if anew.any():
             return True
-    if isinstance(of, Tensor) and of.dim() == 2 and bool((of != of[:, :1]).any()):
+    if isinstance(of, Tensor) and of.dim() == 2 and bool(((of != of[:, :1]) & (of >= 0)).any()):
         return True
-    rows = next((len(t) for t in inputs.values() if isinstance(t, Tensor) and t.dim() == 2), 1)
+    rows = next((len(t) for t in inputs.values() if isinstance(t, Tensor) and t.dim() > 1), 1)
     return isinstance(ends, Tensor) and ends.numel() > rows + 1
 
 

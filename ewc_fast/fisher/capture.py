@@ -564,6 +564,8 @@ class Capture(TorchFunctionMode):
             if "" in layouts:
                 self._look_again()
             if not all(self._may_be(layout, y, rules) for layout in layouts):
+                if not graph and not self._backward:
+                    self._uncover(names)  # what a checkpoint runs again in the backward is too late to look at
                 return None
         if y.dim() > 2 and not isinstance(rules[0], Convolution):
             self._lengths.update(y.shape[:-1])
@@ -668,6 +670,8 @@ class Capture(TorchFunctionMode):
 
         None where it takes more than that or makes something else.
         """
+        if self.status.get(name) == SILENT and not self._looking:
+            return None  # an ordinary gradient will tell
         leaf, called = self._leaves[name], getattr(func, "__name__", "")
         if called.startswith(("__get__", "__i")) or (called.endswith("_") and not called.endswith("__")):
             return None  # an attribute; a change in place

@@ -189,6 +189,7 @@ class FisherEstimator:
 
     def _read_model(self) -> None:
         """What is in the model now."""
+        self._attributes = [(vars(module), dict(vars(module))) for module in self._modules]
         self._frozen: dict[str, Tensor] = {}
         self._own_buffers: dict[str, Tensor] = {}
         for held, attribute, inner in self._places:
@@ -199,6 +200,15 @@ class FisherEstimator:
             else:
                 self._own_buffers[inner] = held[attribute]
         self._copy_buffers()
+
+    def _forget(self) -> None:
+        """Tensors that modules keep: made of one forward's weights they would serve the next one."""
+        for now, then in self._attributes:
+            for name in [name for name, t in now.items() if isinstance(t, Tensor) and t is not then.get(name)]:
+                if name in then:
+                    now[name] = then[name]
+                else:
+                    del now[name]
 
     def _copy_buffers(self) -> None:
         """For one forward, which may change them."""
@@ -220,6 +230,7 @@ class FisherEstimator:
         for name, p in self._params.items():
             tensors[self._inner[name]] = weights[name] if name in weights else other(p)
         before = [(held, attribute, held[attribute]) for held, attribute, _ in self._places]
+        self._forget()
         try:
             for held, attribute, name in self._places:
                 held[attribute] = tensors[name]
@@ -227,6 +238,7 @@ class FisherEstimator:
         finally:
             for held, attribute, tensor in before:
                 held[attribute] = tensor
+            self._forget()
 
     def _output(self, batch: Any) -> Tensor:
         if not self._changes_inputs:
@@ -587,7 +599,8 @@ class FisherEstimator:
         together = z[:1].detach().double()
         if alone.shape != together.shape:
             return  # which what follows will name
-        most = together[together.isfinite()].abs().amax() if together.isfinite().any() else 0
+        every = z.detach().double()
+        most = every.where(every.isfinite(), 0).abs().amax()
         off = (alone - together).abs()
         if (off > _APART * most).any():
             warn(

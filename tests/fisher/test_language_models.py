@@ -468,7 +468,10 @@ def test_packed_rows_are_refused(kind: str) -> None:
     # Padding, whatever its positions.
     left = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]]), "position_ids": torch.tensor([[1, 1, 0, 1, 2, 3]])}
     right = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 0]]), "labels": torch.tensor([[1, 2, 3, 4, -100, -100]])}
-    for more in ({}, left, right, {"cu_seq_lens_q": torch.tensor([0, 6])}, {"seq_idx": torch.zeros(1, 6).long()}):
+    blind = {"position_ids": left["position_ids"], "labels": torch.tensor([[-100, -100, 1, 2, 3, 4]])}
+    tail = {"seq_idx": torch.tensor([[0, 0, 0, 0, -1, -1]])}
+    one_document = {"cu_seq_lens_q": torch.tensor([0, 6])}, {"seq_idx": torch.zeros(1, 6).long()}
+    for more in ({}, left, right, blind, tail, *one_document):
         estimate_fisher(Ignoring(model), [{**one, **more}], kind, "causal_lm")
 
 

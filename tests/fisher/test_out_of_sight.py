@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ewc_fast import EWCLoss
-from ewc_fast.fisher import FisherEstimator, estimate_fisher
+from ewc_fast.fisher import FisherEstimator, estimate_fisher, mas_importance
 from tests.fisher import brute_force
 from tests.fisher.brute_force import assert_fisher, one_thread  # noqa: F401
 from tests.fisher.models import Scale
@@ -118,6 +118,73 @@ def test_a_bias_that_is_computed(kind: str) -> None:
     model = ComputedBias()
     batches = [(torch.randn(7, 6), torch.randint(CLASSES, (7,))) for _ in range(3)]
     assert_fisher(estimate_fisher(model, batches, kind=kind), brute_force.fisher(model, batches, kind))
+
+
+class Keeps(nn.Module):
+    """What it makes of a parameter, from one forward to the next."""
+
+    def __init__(self, of: Any) -> None:
+        super().__init__()
+        self.main, self.scale, self.of, self.kept = nn.Linear(6, CLASSES), nn.Parameter(torch.rand(CLASSES)), of, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = self.of(self.scale)
+        return self.main(x) * self.kept
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("of", [lambda w: 1 + w, torch.exp, lambda w: torch.stack(w.unbind())])
+def test_a_tensor_that_the_model_keeps(of: Any, size: int) -> None:
+    model, batches = Keeps(of), [(torch.randn(size, 6), torch.randint(CLASSES, (size,))) for _ in range(2)]
+    found = estimate_fisher(model, batches, kind="empirical")
+    importance = mas_importance(model, [x for x, _ in batches])
+    assert model.kept is None
+    plain = Keeps(of)
+    plain.load_state_dict(model.state_dict())
+    ones = [(x[i : i + 1], y[i : i + 1]) for x, y in batches for i in range(size)]
+    totals = dict.fromkeys(found, 0.0)
+    absolutes = dict.fromkeys(found, 0.0)
+    for x, y in ones:
+        for sums, loss, add in (
+            (totals, lambda z, y: nn.functional.cross_entropy(z, y), Tensor.square),
+            (absolutes, lambda z, _: z.square().sum(), Tensor.abs),
+        ):
+            plain.kept = None
+            gradients = torch.autograd.grad(loss(plain(x), y), list(plain.parameters()))
+            for (name, _), g in zip(plain.named_parameters(), gradients, strict=True):
+                sums[name] = sums[name] + add(g) / len(ones)
+    for name in found:
+        torch.testing.assert_close(found[name], totals[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(importance[name], absolutes[name], rtol=1e-4, atol=1e-6)
+
+
+class ReachedLater(nn.Module):
+    """A parameter with no part in what one position gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.late, self.scale = nn.Linear(6, CLASSES), nn.Linear(6, CLASSES), nn.Parameter(torch.rand(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rest = (self.late(x) / self.scale.exp())[:, 1:]
+        return self.first(x).mean(1) + (rest.sum(1) if rest.shape[1] else 0)
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical"])
+def test_what_is_made_of_a_parameter_and_reached_later(kind: str) -> None:
+    model = ReachedLater()
+    batches = [(torch.randn(7, length, 6), torch.randint(CLASSES, (7,))) for length in (1, 3, 2)]
+    assert_fisher(estimate_fisher(model, batches, kind=kind), brute_force.fisher(model, batches, kind))
+
+
+def test_a_first_sample_without_an_output_is_no_sign() -> None:
+    """Its rounding is measured by the batch's outputs."""
+    model = nn.Sequential(nn.Linear(64, 64), Scale(64), nn.Linear(64, 1)).double()
+    x = torch.randn(8, 64).double()
+    with torch.no_grad():
+        model[2].bias -= model(x)[0]
+    estimate_fisher(model, [(x, torch.randn(8, 1).double())], kind="empirical", loss="gaussian")
 
 
 class TwoLayouts(nn.Module):
