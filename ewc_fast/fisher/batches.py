@@ -139,7 +139,7 @@ def is_packed(inputs: Mapping[str, Any], counted: Tensor | None = None) -> bool:
     """
     positions, mask, of, ends = (inputs.get(k) for k in ("position_ids", "attention_mask", "seq_idx", "cu_seq_lens_q"))
     if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1:
-        anew = positions.diff(dim=1) < 0
+        anew = positions.diff(dim=1) <= 0
         if isinstance(mask, Tensor) and mask.shape == positions.shape:
             anew = anew & (mask[:, :-1] != 0) & (mask[:, 1:] != 0)
         if counted is not None and counted.shape == positions.shape:
@@ -147,8 +147,10 @@ def is_packed(inputs: Mapping[str, Any], counted: Tensor | None = None) -> bool:
             anew = anew & counted.flip(1).cumsum(1).flip(1)[:, 1:].bool() & counted.cumsum(1)[:, :-1].bool()
         if anew.any():
             return True
-    if isinstance(of, Tensor) and of.dim() == 2 and bool(((of != of[:, :1]) & (of >= 0)).any()):
-        return True
+    if isinstance(of, Tensor) and of.dim():
+        of = of.reshape(-1, of.shape[-1])
+        if bool(((of != of[:, :1]) & (of >= 0)).any()):
+            return True
     rows = next((len(t) for t in inputs.values() if isinstance(t, Tensor) and t.dim() > 1), 1)
     return isinstance(ends, Tensor) and ends.numel() > rows + 1
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ewc_fast.fisher.batches import batch_size, by_sample, take, to_device, warn
 from ewc_fast.fisher.capture import SILENT, UNCOVERED, Capture, StatusChanged, Uses
 from ewc_fast.fisher.diagonal import FisherDiagonal, FisherInfo
-from ewc_fast.fisher.fallback import NotVectorised, add_in_loop, add_vectorised
+from ewc_fast.fisher.fallback import NotVectorised, add_in_loop, add_vectorised, without_torchs_warnings
 from ewc_fast.fisher.modes import module_mode
 from ewc_fast.fisher.objectives import Objective, Target, make_objective
 from ewc_fast.fisher.rules import add_squares_, held_bytes, samples_at_once
@@ -447,7 +446,6 @@ class FisherEstimator:
             try:
                 terms = self._add_captured(batch, size)
             except StatusChanged:
-                self._read_model()
                 self._look(batch, size)
             else:
                 self._say_why_uncovered()
@@ -588,19 +586,18 @@ class FisherEstimator:
         if self._compared:
             return
         self._compared = True
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # a reentrant checkpoint's
+        with without_torchs_warnings():
             alone = self._run({}, take(batch, slice(0, 1), size))
+        own = {id(p): name for name, p in self._params.items()}
         for leaf in _leaves(alone):  # none, but for what came past what replaces the parameters
-            for name, p in self._params.items():
-                if leaf is p:
-                    raise _out_of_sight(name)
+            if id(leaf) in own:
+                raise _out_of_sight(own[id(leaf)])
         alone = alone.detach().double()
         together = z[:1].detach().double()
         if alone.shape != together.shape:
             return  # which what follows will name
-        every = z.detach().double()
-        most = every.where(every.isfinite(), 0).abs().amax()
+        # Row by row: a copy of a vocabulary's logits would be the largest tensor of all.
+        most = max(row.where(row.isfinite(), 0).abs().max().item() for row in z.detach())
         off = (alone - together).abs()
         if (off > _APART * most).any():
             warn(

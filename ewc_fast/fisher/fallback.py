@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +25,15 @@ Run = Callable[[Mapping[str, Tensor], Any], Tensor]  # weights and a batch to ou
 
 class NotVectorised(Exception):
     """The model does not run under :func:`torch.vmap`; nothing has been added. The cause says why."""
+
+
+@contextmanager
+def without_torchs_warnings() -> Iterator[None]:
+    """Of what is no news here: reentrant checkpoints without a graph, operations that run sample by sample in vmap."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        yield
 
 
 def add_vectorised(
@@ -55,10 +64,7 @@ def add_vectorised(
     gradient_bytes = max(1, sum(w.numel() * w.element_size() for w in weights.values()))
     device = cotangent.device.type
     step = max(1, _CHUNK_BYTES.get(device, _CHUNK_BYTES_ELSEWHERE) // gradient_bytes)
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():  # the fused attention kernels have no batching rule
-        # A reentrant checkpoint says that here before it fails.
-        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
-        warnings.filterwarnings("ignore", "There is a performance drop")  # an operation runs sample by sample in vmap
+    with sdpa_kernel(SDPBackend.MATH), without_torchs_warnings():  # the fused attention kernels have no batching rule
         for start in range(0, size, step):
             samples = slice(start, start + step)
             try:

@@ -257,9 +257,7 @@ class CrossEntropy(Objective):
             if labels.numel() == math.prod(shape):
                 hint = "; labels.reshape(-1) makes them so" if len(shape) == 1 else "; reshape them"
             elif labels.dim() == 2 == len(shape) and len(labels) == len(z) and 0 < (n := shape[1] - labels.shape[1]):
-                hint = (
-                    f"; of a model that puts {n} positions first (prompt tuning): logits_transform=lambda z: z[:, {n}:]"
-                )
+                hint = _prompt_hint(n)
             if z.dim() > 2 and tuple(labels.shape) == (z.shape[0], *z.shape[2:]):
                 hint = "; classes come last: logits_transform=lambda z: z.movedim(1, -1)"
             kind = "(batch,)" if len(shape) == 1 else "(batch, positions)"
@@ -393,6 +391,10 @@ def following_labels(labels: Tensor, mask: Any, ignored: int) -> Tensor:
     return torch.where(seen[:, 1:] & seen[:, :-1], labels, labels.new_full((), ignored))
 
 
+def _prompt_hint(more: int) -> str:
+    return f"; of a model that puts {more} positions first (prompt tuning): logits_transform=lambda z: z[:, {more}:]"
+
+
 class CausalLM(CrossEntropy):
     """The next token: logits at t against the label at t + 1. The unit is the token."""
 
@@ -422,10 +424,7 @@ class CausalLM(CrossEntropy):
         if labels.dim() != 2 or labels.shape[1] != z.shape[1] + 1:
             hint = ""
             if labels.dim() == 2 and 0 < (more := z.shape[1] + 1 - labels.shape[1]):
-                hint = (
-                    f": of a model that puts {more} positions first (prompt tuning), "
-                    f"logits_transform=lambda z: z[:, {more}:]"
-                )
+                hint = _prompt_hint(more)
             raise ValueError(
                 f"labels must have shape (batch, tokens) = ({z.shape[0]}, {z.shape[1] + 1}), got {tuple(labels.shape)}"
                 f"{hint}"

@@ -677,21 +677,6 @@ def test_mas_in_batches_of_one_and_of_none() -> None:
         torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [1, 4])
-def test_mas_of_a_parameter_in_a_list_is_refused(size: int) -> None:
-    class Listed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(5, 5), nn.Linear(5, 3)
-            self.weights = [self.first.weight]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last((x @ self.weights[0].t()).tanh())
-
-    with pytest.raises(ValueError, match=r"batch 0: first\.weight is used through a reference"):
-        mas_importance(Listed(), [torch.randn(size, 5)])
-
-
 def test_importances_made_in_inference_mode_can_be_changed() -> None:
     model = zoo.mlp()
     with torch.inference_mode():

@@ -23,6 +23,17 @@ KINDS = ["sampled", "empirical", "predicted", "reversed", "batch"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*cannot run under torch.vmap:UserWarning")
 
 
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+}
+
+
 def shaken(model: nn.Module) -> nn.Module:
     """Initial weights are so small that a language model's gradients differ by little."""
     with torch.no_grad():
@@ -32,18 +43,7 @@ def shaken(model: nn.Module) -> nn.Module:
 
 
 def llama(**options: Any) -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-        pad_token_id=0,
-        attention_dropout=0.3,
-        **options,
-    )
+    config = transformers.LlamaConfig(**DECODER, max_position_embeddings=16, attention_dropout=0.3, **options)
     return shaken(transformers.LlamaForCausalLM(config))
 
 
@@ -177,17 +177,7 @@ def test_llama(kind: str, batch: str) -> None:
 
 def gemma() -> nn.Module:
     """Its norms multiply by ``1 + weight``."""
-    config = transformers.GemmaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-        pad_token_id=0,
-    )
-    return shaken(transformers.GemmaForCausalLM(config))
+    return shaken(transformers.GemmaForCausalLM(transformers.GemmaConfig(**DECODER, head_dim=4)))
 
 
 def ia3() -> nn.Module:
@@ -499,7 +489,7 @@ def test_positions_before_the_tokens() -> None:
             return self.model(torch.cat([prompt, input_ids], 1)).logits
 
     model, tokens = Prompted(), ids(2)
-    with pytest.raises(ValueError, match=r"prompt tuning\), logits_transform=lambda z: z\[:, 3:\]"):
+    with pytest.raises(ValueError, match=r"prompt tuning\): logits_transform=lambda z: z\[:, 3:\]"):
         estimate_fisher(model, [{"input_ids": tokens}], "empirical", "causal_lm")
     estimate_fisher(model, [{"input_ids": tokens}], "empirical", "causal_lm", logits_transform=lambda z: z[:, 3:])
 

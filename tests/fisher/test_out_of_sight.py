@@ -47,6 +47,8 @@ def test_a_parameter_in_a_closure_is_refused(kind: str, size: int) -> None:
         estimate_fisher(model, [batch], kind=kind)
     with pytest.raises(ValueError, match=r"last\.weight is used through a reference"):
         EWCLoss(model).consolidate([batch], kind=kind)
+    with pytest.raises(ValueError, match=r"batch 0: last\.weight is used through a reference"):
+        mas_importance(model, [batch])
     for name, p in model.named_parameters():
         assert p.grad is grads[name]
         assert p.grad is None or torch.equal(p.grad, values[name])
